@@ -1,0 +1,1 @@
+"""What any server process of ours needs, whatever it serves."""

@@ -1,0 +1,209 @@
+"""What happens around every call: its id, its log line, its counts, the translation of its errors."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+
+from serving import telemetry
+from serving.errors import Code, ServiceError
+from serving.logs import get_logger, request_id
+from serving.status import GRPC_CODE, from_exception, to_status
+
+_log = get_logger("calls")
+
+REQUEST_ID = "x-request-id"
+"""Metadata and HTTP header: the caller's own id for the call, or ours; comes back in the trailing metadata."""
+
+HTTP_CALLER = "x-http-caller"
+"""Metadata that the transcoder sets; believed only from the process's own socket, which outsiders cannot reach."""
+
+_REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_DETAILS = "grpc-status-details-bin"
+_QUIET = ("grpc.health.v1.Health", "grpc.reflection.")
+_PEER = re.compile(r"unix-abstract:(?:\\0|\0|%00)?peer/(?P<address>.+)/\d+")
+
+
+def caller(context: Any) -> str:
+    """Who calls, as `address:port`; through the HTTP face too."""
+    peer = unquote(context.peer())
+    if match := _PEER.match(peer):
+        return match["address"]
+    for key, value in context.invocation_metadata() or ():
+        if key == HTTP_CALLER:
+            return str(value)
+    return str(peer)
+
+
+def new_request_id(offered: str | None) -> str:
+    """The caller's id when it is a sane one, a fresh one otherwise."""
+    if offered and _REQUEST_ID_FORM.fullmatch(offered):
+        return offered
+    return uuid.uuid4().hex
+
+
+@dataclass
+class Call:
+    """One call, from begin to end."""
+
+    service: str
+    method: str
+    request_id: str
+    caller: str
+    began_s: float = field(default_factory=time.perf_counter)
+    code: str = "OK"
+    reason: str = ""
+    message: str = ""
+
+    @property
+    def quiet(self) -> bool:
+        """Probes and reflection come by the thousand; they are logged at debug and never refused."""
+        return self.service.startswith(_QUIET)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps each call in `async with identified, counted, logged, translated`."""
+
+    def __init__(self, domain: str, *, access_log: bool, max_concurrent_calls: int) -> None:
+        self._domain = domain
+        self._access_log = access_log
+        self._max_concurrent_calls = max_concurrent_calls
+        self._in_flight = 0
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Replaces the handler of a method by one that is wrapped; the four shapes come down to two."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
+
+        async def answer_one(request: Any, context: Any) -> Any:
+            async with self._around(service, method, context):
+                return await (handler.stream_unary or handler.unary_unary)(request, context)
+
+        async def answer_many(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with (
+                self._around(service, method, context),
+                # The inner generator ends with the outer one, also when the caller leaves between two messages.
+                aclosing((handler.stream_stream or handler.unary_stream)(request, context)) as responses,
+            ):
+                async for response in responses:
+                    yield response
+
+        make: Any = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        return make(
+            answer_many if handler.response_streaming else answer_one,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    @asynccontextmanager
+    async def _around(self, service: str, method: str, context: Any) -> AsyncIterator[None]:
+        metadata = dict(context.invocation_metadata() or ())
+        call = Call(service, method, new_request_id(metadata.get(REQUEST_ID)), caller(context))
+        async with (
+            self._identified(call, context),
+            self._counted(call),
+            self._logged(call),
+            self._translated(call, context),
+        ):
+            if self._in_flight > self._max_concurrent_calls and not call.quiet:
+                raise ServiceError(
+                    Code.RESOURCE_EXHAUSTED,
+                    "QUEUE_FULL",
+                    f"{self._in_flight - 1} calls are being answered; the limit is {self._max_concurrent_calls}.",
+                    cure="Try again later, or raise SERVING_MAX_CONCURRENT_CALLS.",
+                    metadata={"limit": self._max_concurrent_calls},
+                )
+            yield
+
+    @asynccontextmanager
+    async def _identified(self, call: Call, context: Any) -> AsyncIterator[None]:
+        token = request_id.set(call.request_id)
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        try:
+            yield
+        finally:
+            # A stream that its caller abandons is closed from another context, where the token means nothing.
+            try:
+                request_id.reset(token)
+            except ValueError:
+                request_id.set("")
+
+    @asynccontextmanager
+    async def _counted(self, call: Call) -> AsyncIterator[None]:
+        labels = (call.service, call.method)
+        telemetry.CALLS_STARTED.labels(*labels).inc()
+        telemetry.CALLS_IN_FLIGHT.inc()
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            telemetry.CALLS_IN_FLIGHT.dec()
+            telemetry.CALLS_HANDLED.labels(*labels, call.code).inc()
+            telemetry.CALL_SECONDS.labels(*labels).observe(time.perf_counter() - call.began_s)
+
+    @asynccontextmanager
+    async def _logged(self, call: Call) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            if self._access_log:
+                log = _log.debug if call.quiet else _log.info
+                fields = {"reason": call.reason, "message": call.message} if call.reason else {}
+                log(
+                    "call ended",
+                    method=f"{call.service}/{call.method}",
+                    code=call.code,
+                    ms=round((time.perf_counter() - call.began_s) * 1000, 2),
+                    caller=call.caller,
+                    request_id=call.request_id,
+                    **fields,
+                )
+
+    @asynccontextmanager
+    async def _translated(self, call: Call, context: Any) -> AsyncIterator[None]:
+        try:
+            yield
+        except GeneratorExit:
+            call.code = Code.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            # Foreign servicers (health, reflection) abort by themselves.
+            call.code = getattr(context.code(), "name", None) or "UNKNOWN"
+            raise
+        except BaseException as error:
+            failure = from_exception(error)
+            call.code, call.reason, call.message = failure.code, failure.reason, str(failure)
+            if failure.code == Code.CANCELLED:
+                if (context.time_remaining() or 1) <= 0:
+                    call.code = Code.DEADLINE_EXCEEDED
+                raise  # the caller has left; there is nobody to tell
+            if failure.code == Code.INTERNAL and not isinstance(error, ServiceError):
+                _log.exception("a fault of our own", method=call.method, request_id=call.request_id)
+            if not isinstance(error, Exception):
+                raise
+            status = to_status(failure, self._domain)
+            await context.abort(
+                GRPC_CODE[failure.code],
+                status.message,
+                ((_DETAILS, status.SerializeToString()), (REQUEST_ID, call.request_id)),
+            )

@@ -1,0 +1,57 @@
+"""Logs as sentences with fields: one line when a call ends, one when a state changes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextvars import ContextVar
+from typing import Any
+
+import structlog
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""The id of the call that the current task works for; every line logged meanwhile carries it."""
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """The logger of one part of the program; `name` comes out as the field `part`."""
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger(part=name)
+    return logger
+
+
+def configure(level: str, form: str) -> None:
+    """Sends every line to stderr. `form`: `json`, `console`, or `auto` (console on a terminal, JSON elsewhere)."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        _add_request_id,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    if console:
+        end: list[Any] = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
+    else:
+        end = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[*shared, *end],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    # What third parties log goes the same way, warnings and worse only.
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *end],
+        )
+    )
+    logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+
+
+def _add_request_id(_logger: object, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    current = request_id.get()
+    if current and "request_id" not in event:
+        event["request_id"] = current
+    return event

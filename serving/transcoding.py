@@ -1,0 +1,327 @@
+"""JSON routes for every method that carries a google.api.http annotation, answered through the server's own gRPC socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+import grpc
+from google.api import annotations_pb2
+from google.protobuf import descriptor_pool, json_format, message_factory
+from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
+from google.protobuf.message import Message
+from google.rpc.status_pb2 import Status
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+
+from serving.errors import Code, ServiceError
+from serving.interceptors import HTTP_CALLER, REQUEST_ID, new_request_id
+from serving.status import from_exception, to_status
+
+# google.rpc.Code's own mapping to HTTP (the comments of google/rpc/code.proto).
+HTTP_STATUS = {
+    Code.CANCELLED: 499,
+    Code.INVALID_ARGUMENT: 400,
+    Code.DEADLINE_EXCEEDED: 504,
+    Code.NOT_FOUND: 404,
+    Code.ALREADY_EXISTS: 409,
+    Code.PERMISSION_DENIED: 403,
+    Code.RESOURCE_EXHAUSTED: 429,
+    Code.FAILED_PRECONDITION: 400,
+    Code.ABORTED: 409,
+    Code.OUT_OF_RANGE: 400,
+    Code.UNIMPLEMENTED: 501,
+    Code.INTERNAL: 500,
+    Code.UNAVAILABLE: 503,
+    Code.UNAUTHENTICATED: 401,
+}
+TIMEOUT_HEADER = "x-server-timeout"
+"""Seconds that the caller is willing to wait (the name is Google's)."""
+
+NDJSON = "application/x-ndjson"
+_DETAILS = "grpc-status-details-bin"
+# Below this a body is parsed on the loop: a thread would cost more than it saves.
+_SMALL_BODY_BYTES = 1 << 16
+_UNKNOWN_FIELD = re.compile(r'has no field named "(?P<name>[^"]*)" at "(?P<path>[^"]*)"')
+_FAILED_FIELD = re.compile(r"(?:Failed to parse \w+ field: )+(?P<what>.*?)(?: at \w+\.(?P<path>[\w.\[\]]*))?\.*$")
+
+
+def to_dict(message: Message) -> dict[str, Any]:
+    """The message as JSON values, under the proto's own field names, fields without a value included."""
+    values: dict[str, Any] = json_format.MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return values
+
+
+def error_response(status: Status, headers: dict[str, str] | None = None) -> Response:
+    """A Status as JSON, in the form of Google's APIs: `{"error": {"code", "status", "message", "details"}}`."""
+    body = error_body(status)
+    code = body["error"]["code"]
+    extra = dict(headers or {})
+    for detail in body["error"]["details"]:
+        if "retryDelay" in detail:
+            # Whole seconds, rounded up: Retry-After knows no fractions.
+            extra["retry-after"] = str(max(1, -int(-float(detail["retryDelay"].rstrip("s")) // 1)))
+    return JSONResponse(body, status_code=code, headers=extra)
+
+
+def error_body(status: Status) -> dict[str, Any]:
+    """The JSON of `error_response`."""
+    name = grpc_name(status.code)
+    return {
+        "error": {
+            "code": HTTP_STATUS[Code(name)] if name in Code.__members__ else 500,
+            "status": name,
+            "message": status.message,
+            "details": json_format.MessageToDict(status)["details"] if status.details else [],
+        }
+    }
+
+
+def grpc_name(number: int) -> str:
+    """`5` → `NOT_FOUND`."""
+    return next((code.name for code in grpc.StatusCode if code.value[0] == number), "UNKNOWN")
+
+
+class Transcoder:
+    """Turns annotated methods into routes that call a gRPC channel."""
+
+    def __init__(self, channel: grpc.aio.Channel, domain: str, max_body_bytes: int) -> None:
+        self._channel, self._domain, self._max_body_bytes = channel, domain, max_body_bytes
+
+    def routes(self, service_names: Sequence[str]) -> list[BaseRoute]:
+        """One route for each annotated unary or server-streaming method of these services."""
+        found: list[tuple[str, Route]] = []
+        for service_name in service_names:
+            service = descriptor_pool.Default().FindServiceByName(service_name)
+            for method in service.methods:
+                if method.client_streaming:
+                    continue
+                for verb, path, body in _bindings(method):
+                    found.append((path, Route(path, self._endpoint(method, body), methods=[verb])))
+        # `/v1/jobs/{id}:watch` also fits `/v1/jobs/{id}`: the one that says more comes first.
+        return [route for _, route in sorted(found, key=lambda pair: (-pair[0].count(":"), pair[0]))]
+
+    def _endpoint(self, method: MethodDescriptor, body: str) -> Callable[[Request], Any]:
+        request_class = message_factory.GetMessageClass(method.input_type)
+        response_class = message_factory.GetMessageClass(method.output_type)
+        path = f"/{method.containing_service.full_name}/{method.name}"
+        kind = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
+        call: Any = kind(
+            path, request_serializer=request_class.SerializeToString, response_deserializer=response_class.FromString
+        )
+
+        async def endpoint(request: Request) -> Response:
+            identity = new_request_id(request.headers.get(REQUEST_ID))
+            headers = {REQUEST_ID: identity}
+            try:
+                message = await self._read(request, request_class, body)
+                timeout_s = _timeout_s(request)
+            except ServiceError as error:
+                return error_response(to_status(error, self._domain), headers)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            client = request.client
+            metadata = ((REQUEST_ID, identity), (HTTP_CALLER, f"{client.host}:{client.port}" if client else "?"))
+            running = call(message, metadata=metadata, timeout=timeout_s)
+            leaving = asyncio.ensure_future(_gone(request))
+            leaving.add_done_callback(lambda _: running.cancel())
+            try:
+                if method.server_streaming:
+                    return await self._stream(running, leaving, headers)
+                answer = await running
+                values = await _off_loop_if_large(answer.ByteSize(), to_dict, answer)
+                return JSONResponse(values, headers=headers)
+            except grpc.aio.AioRpcError as error:
+                return error_response(status_of(error, self._domain), headers)
+            except asyncio.CancelledError:
+                if leaving.done():
+                    return Response(status_code=499)  # the caller has left; nobody reads this
+                raise
+            finally:
+                if not method.server_streaming:
+                    leaving.cancel()
+
+        return endpoint
+
+    async def _stream(self, running: Any, leaving: asyncio.Future[None], headers: dict[str, str]) -> Response:
+        """Newline-delimited JSON; an error before the first message is still an ordinary error response."""
+        messages = aiter(running)
+        try:
+            first = await anext(messages)
+        except StopAsyncIteration:
+            first = None
+        except BaseException:
+            leaving.cancel()
+            raise
+
+        async def lines() -> AsyncIterator[bytes]:
+            try:
+                if first is not None:
+                    yield _line(to_dict(first))
+                async for message in messages:
+                    yield _line(to_dict(message))
+            except grpc.aio.AioRpcError as error:
+                yield _line(error_body(status_of(error, self._domain)))
+            finally:
+                leaving.cancel()
+                running.cancel()
+
+        return StreamingResponse(lines(), media_type=NDJSON, headers=headers)
+
+    async def _read(self, request: Request, request_class: type[Message], body: str) -> Message:
+        """Body, then query, then path: each adds to the message; what does not fit is named."""
+        message = request_class()
+        if body:
+            content = await self._body(request)
+            values = await _off_loop_if_large(len(content), _parse_json, content)
+            await _off_loop_if_large(len(content), _fill, message, values)
+        else:
+            for name, texts in _grouped(request.query_params.multi_items()):
+                _fill(message, _nested(message, name, texts))
+        for name, text in request.path_params.items():
+            _fill(message, _nested(message, name, [text]))
+        return message
+
+    async def _body(self, request: Request) -> bytes:
+        chunks: list[bytes] = []
+        size_bytes = 0
+        async for chunk in request.stream():
+            size_bytes += len(chunk)
+            if size_bytes > self._max_body_bytes:
+                raise ServiceError(
+                    Code.RESOURCE_EXHAUSTED,
+                    "MESSAGE_UNREADABLE",
+                    f"The body is larger than {self._max_body_bytes} bytes.",
+                    cure="Send less at once, or raise SERVING_MAX_MESSAGE_BYTES.",
+                    metadata={"limit_bytes": self._max_body_bytes},
+                )
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+
+def status_of(error: grpc.aio.AioRpcError, domain: str) -> Status:
+    """The Status that an error of the server's own call carries, or one made from its code."""
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS:
+            return Status.FromString(value)
+    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:  # the channel's own, which has no details
+        return to_status(from_exception(TimeoutError()), domain)
+    return Status(code=error.code().value[0], message=error.details() or "")
+
+
+def _bindings(method: MethodDescriptor) -> Iterator[tuple[str, str, str]]:
+    rule = method.GetOptions().Extensions[annotations_pb2.http]
+    for binding in (rule, *rule.additional_bindings):
+        verb = binding.WhichOneof("pattern")
+        if verb:
+            yield verb.upper(), getattr(binding, verb), binding.body
+
+
+def _parse_json(content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content or b"{}")
+    except ValueError as error:
+        raise _unreadable(f"The body is no JSON: {error}.", "") from None
+    if not isinstance(values, dict):
+        raise _unreadable(f"The body is a JSON {type(values).__name__}, not an object.", "")
+    return values
+
+
+def _fill(message: Message, values: dict[str, Any]) -> None:
+    try:
+        json_format.ParseDict(values, message, max_recursion_depth=32)
+    except json_format.ParseError as error:
+        text = str(error)
+        if unknown := _UNKNOWN_FIELD.search(text):
+            inner = ".".join([*unknown["path"].split(".")[1:], unknown["name"]])
+            raise _unreadable(f"{message.DESCRIPTOR.name} has no field {inner!r}.", inner) from None
+        if failed := _FAILED_FIELD.match(text):
+            # The text names the field in one of two ways, or in both; the longer says more.
+            named = ".".join(re.findall(r"Failed to parse (\w+) field", text))
+            path = max(named, (failed["path"] or "").rstrip("."), key=len)
+            raise _unreadable(f"{path}: {failed['what']}.", path) from None
+        raise _unreadable(text, "body") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _unreadable(f"The body does not fit {message.DESCRIPTOR.name}: {error}", "body") from None
+
+
+def _unreadable(text: str, field: str) -> ServiceError:
+    return ServiceError(
+        Code.INVALID_ARGUMENT,
+        "MESSAGE_UNREADABLE",
+        text,
+        cure="The proto files say which fields there are, and of which type.",
+        field=field or "body",
+    )
+
+
+def _grouped(items: list[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+    groups: dict[str, list[str]] = {}
+    for name, text in items:
+        groups.setdefault(name, []).append(text)
+    yield from groups.items()
+
+
+def _nested(message: Message, path: str, texts: list[str]) -> dict[str, Any]:
+    """`options.model`, [`x`] → {"options": {"model": "x"}}, with numbers and booleans read from their text."""
+    descriptor = message.DESCRIPTOR
+    names = path.split(".")
+    for name in names[:-1]:
+        field = descriptor.fields_by_name.get(name)
+        if field is None or field.message_type is None:
+            raise _unreadable(f"{message.DESCRIPTOR.name} has no field {path!r}.", path)
+        descriptor = field.message_type
+    field = descriptor.fields_by_name.get(names[-1])
+    if field is None:
+        raise _unreadable(f"{message.DESCRIPTOR.name} has no field {path!r}.", path)
+    values = [_scalar(field, text) for text in texts]
+    value: Any = values if field.is_repeated else values[-1]
+    for name in reversed(names):
+        value = {name: value}
+    return dict(value)
+
+
+def _scalar(field: Any, text: str) -> Any:
+    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+    return text  # json_format reads numbers and enums from strings
+
+
+def _timeout_s(request: Request) -> float | None:
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 86400:
+        raise _unreadable(f"{TIMEOUT_HEADER} is {text!r}; it must be seconds, above 0 up to a day.", TIMEOUT_HEADER)
+    return seconds
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the caller closes the connection; the body has been read already."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _off_loop_if_large(size_bytes: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    if size_bytes <= _SMALL_BODY_BYTES:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+
+def failure(error: BaseException, domain: str, headers: dict[str, str] | None = None) -> Response:
+    """Any exception of a plain route as an error response."""
+    return error_response(to_status(from_exception(error), domain), headers)
