@@ -50,23 +50,33 @@ def new_request_id(offered: str | None) -> str:
     return uuid.uuid4().hex
 
 
-@dataclass
+class Method:
+    """A method with what is the same for all its calls: its metrics, and whether it is logged quietly."""
+
+    def __init__(self, path: str) -> None:
+        self.service, _, self.name = path.lstrip("/").rpartition("/")
+        self.path = f"{self.service}/{self.name}"
+        # Probes and reflection come by the thousand; they are logged at debug and never refused.
+        self.quiet = self.service.startswith(_QUIET)
+        self.started = telemetry.CALLS_STARTED.labels(self.service, self.name)
+        self.seconds = telemetry.CALL_SECONDS.labels(self.service, self.name)
+
+    def count_handled(self, code: str) -> None:
+        """Counts a call that has ended."""
+        telemetry.CALLS_HANDLED.labels(self.service, self.name, code).inc()
+
+
+@dataclass(slots=True)
 class Call:
     """One call, from begin to end."""
 
-    service: str
-    method: str
+    method: Method
     request_id: str
     caller: str
     began_s: float = field(default_factory=time.perf_counter)
     code: str = "OK"
     reason: str = ""
     message: str = ""
-
-    @property
-    def quiet(self) -> bool:
-        """Probes and reflection come by the thousand; they are logged at debug and never refused."""
-        return self.service.startswith(_QUIET)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -77,25 +87,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._access_log = access_log
         self._max_concurrent_calls = max_concurrent_calls
         self._in_flight = 0
+        self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Replaces the handler of a method by one that is wrapped; the four shapes come down to two."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
+        """Replaces the handler of a method by one that is wrapped, made once."""
+        path = handler_call_details.method
+        wrapped = self._wrapped.get(path)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None  # no such method: not kept, since callers could name any number of them
+            wrapped = self._wrapped[path] = self._wrap(handler, Method(path))
+        return wrapped
+
+    def _wrap(self, handler: Any, method: Method) -> Any:
+        """The four shapes of a method come down to two."""
 
         async def answer_one(request: Any, context: Any) -> Any:
-            async with self._around(service, method, context):
+            async with self._around(method, context):
                 return await (handler.stream_unary or handler.unary_unary)(request, context)
 
         async def answer_many(request: Any, context: Any) -> AsyncIterator[Any]:
             async with (
-                self._around(service, method, context),
+                self._around(method, context),
                 # The inner generator ends with the outer one, also when the caller leaves between two messages.
                 aclosing((handler.stream_stream or handler.unary_stream)(request, context)) as responses,
             ):
@@ -115,16 +133,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     @asynccontextmanager
-    async def _around(self, service: str, method: str, context: Any) -> AsyncIterator[None]:
+    async def _around(self, method: Method, context: Any) -> AsyncIterator[None]:
         metadata = dict(context.invocation_metadata() or ())
-        call = Call(service, method, new_request_id(metadata.get(REQUEST_ID)), caller(context))
+        call = Call(method, new_request_id(metadata.get(REQUEST_ID)), caller(context))
         async with (
             self._identified(call, context),
             self._counted(call),
             self._logged(call),
             self._translated(call, context),
         ):
-            if self._in_flight > self._max_concurrent_calls and not call.quiet:
+            if self._in_flight > self._max_concurrent_calls and not method.quiet:
                 raise ServiceError(
                     Code.RESOURCE_EXHAUSTED,
                     "QUEUE_FULL",
@@ -149,8 +167,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _counted(self, call: Call) -> AsyncIterator[None]:
-        labels = (call.service, call.method)
-        telemetry.CALLS_STARTED.labels(*labels).inc()
+        call.method.started.inc()
         telemetry.CALLS_IN_FLIGHT.inc()
         self._in_flight += 1
         try:
@@ -158,8 +175,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             self._in_flight -= 1
             telemetry.CALLS_IN_FLIGHT.dec()
-            telemetry.CALLS_HANDLED.labels(*labels, call.code).inc()
-            telemetry.CALL_SECONDS.labels(*labels).observe(time.perf_counter() - call.began_s)
+            call.method.count_handled(call.code)
+            call.method.seconds.observe(time.perf_counter() - call.began_s)
 
     @asynccontextmanager
     async def _logged(self, call: Call) -> AsyncIterator[None]:
@@ -167,11 +184,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             yield
         finally:
             if self._access_log:
-                log = _log.debug if call.quiet else _log.info
+                log = _log.debug if call.method.quiet else _log.info
                 fields = {"reason": call.reason, "message": call.message} if call.reason else {}
                 log(
                     "call ended",
-                    method=f"{call.service}/{call.method}",
+                    method=call.method.path,
                     code=call.code,
                     ms=round((time.perf_counter() - call.began_s) * 1000, 2),
                     caller=call.caller,
@@ -198,7 +215,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     call.code = Code.DEADLINE_EXCEEDED
                 raise  # the caller has left; there is nobody to tell
             if failure.code == Code.INTERNAL and not isinstance(error, ServiceError):
-                _log.exception("a fault of our own", method=call.method, request_id=call.request_id)
+                _log.exception("a fault of our own", method=call.method.path, request_id=call.request_id)
             if not isinstance(error, Exception):
                 raise
             status = to_status(failure, self._domain)

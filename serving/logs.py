@@ -22,7 +22,6 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 def configure(level: str, form: str) -> None:
     """Sends every line to stderr. `form`: `json`, `console`, or `auto` (console on a terminal, JSON elsewhere)."""
     shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
         _add_request_id,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -36,7 +35,7 @@ def configure(level: str, form: str) -> None:
     structlog.configure(
         processors=[*shared, *end],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
     # What third parties log goes the same way, warnings and worse only.

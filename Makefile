@@ -1,0 +1,58 @@
+# The commands of this repository; every tool is called from .venv, which is made on demand.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# torch is named on pip's line, so that one run settles it together with all that depends on it.
+TORCH := torch==2.13.0
+READY := $(VENV)/.ready
+# protoc finds its plugins (mypy-protobuf) by PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+PYTEST_ARGUMENTS ?=
+UP_ARGUMENTS ?=
+BENCH_ARGUMENTS ?=
+
+.PHONY: help setup demo up test check protos bench clean
+
+help: ## Shows these commands.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Installed again only when pyproject.toml says something else than at the last time; a new date alone costs nothing.
+$(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed ($(PYTHON) was not found): install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@if cmp -s pyproject.toml $(READY); then touch $(READY); else \
+	  echo "Installing into $(VENV); the first time this takes some minutes (about 2 GB)"; \
+	  $(BIN)/pip install --disable-pip-version-check $(TORCH) -e '.[dev]' && cp pyproject.toml $(READY); \
+	fi
+
+setup: $(READY) ## Makes .venv and installs everything into it.
+	@echo "Ready: $(BIN)/ai4thai --help"
+
+demo: $(READY) ## Starts everything on free ports, shows what it can do, stops it again.
+	@$(BIN)/ai4thai demo
+
+up: $(READY) ## Starts everything on this machine; Ctrl-C stops it.
+	@$(BIN)/ai4thai up $(UP_ARGUMENTS)
+
+test: $(READY) ## Runs all tests.
+	$(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
+
+check: $(READY) ## Lints, formats, types, imports, the contract and its stubs.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+	$(BIN)/python protos/generate.py --check
+
+protos: $(READY) ## Generates the stubs of the contract.
+	$(BIN)/python protos/generate.py
+
+bench: $(READY) ## Measures, and writes benchmarks/results.
+	$(BIN)/python -m benchmarks $(BENCH_ARGUMENTS)
+
+clean: ## Removes what tools have left (not .venv).
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .demo build dist *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Measures of the platform against the bare loop, in one run, as ratios."""

@@ -1,0 +1,54 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from ai4thai import queue_client, vision_client
+
+VisionAddress: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--vision", metavar="HOST:PORT", envvar="AI4THAI_VISION_ADDRESS", help="The vision server; grpcs://… for TLS."
+    ),
+]
+QueueAddress: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--queue", metavar="HOST:PORT", envvar="AI4THAI_QUEUE_ADDRESS", help="The queue server; grpcs://… for TLS."
+    ),
+]
+VISION = vision_client.DEFAULT_ADDRESS
+QUEUE = queue_client.DEFAULT_ADDRESS
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, a line for each result.")]
+TimeoutS: TypeAlias = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Give up after this.")
+]
+Image: TypeAlias = Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, BMP, TIFF or GIF.")]
+Images: TypeAlias = Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG, WebP, BMP, TIFF or GIF.")]
+Question: TypeAlias = Annotated[str, typer.Argument(metavar="QUESTION", help="In any language that the model speaks.")]
+JobId: TypeAlias = Annotated[str, typer.Argument(metavar="JOB_ID", help="As `submit` and `jobs` print it.")]
+
+Detector: TypeAlias = Annotated[str, typer.Option("--model", help="The detector's name. [default: the server's]")]
+MinConfidence: TypeAlias = Annotated[
+    float | None, typer.Option(help="Leave weaker detections out, 0 to 1. [default: 0.25]")
+]
+IouThreshold: TypeAlias = Annotated[
+    float | None, typer.Option(help="Of boxes that overlap by more keep the surest, 0 to 1. [default: 0.7]")
+]
+MaxDetections: TypeAlias = Annotated[int | None, typer.Option(help="At most so many an image. [default: 300]")]
+OnlyLabels: TypeAlias = Annotated[list[str] | None, typer.Option("--label", help="Only this label; may be repeated.")]
+
+Describer: TypeAlias = Annotated[str, typer.Option("--model", help="The describer's name. [default: the server's]")]
+MaxNewTokens: TypeAlias = Annotated[int | None, typer.Option(help="At most so many tokens. [default: 256]")]
+Temperature: TypeAlias = Annotated[
+    float | None, typer.Option(help="0 is repeatable, up to 2 more varied. [default: 0]")
+]
+TopP: TypeAlias = Annotated[
+    float | None, typer.Option(help="Only the likeliest tokens up to this probability. [default: 1]")
+]
+Seed: TypeAlias = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]

@@ -1,0 +1,226 @@
+"""How the command line shows what the servers answer: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from enum import Enum
+from typing import Any, Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ai4thai.errors import AI4ThaiError
+from ai4thai.job_results import AnalyzeJobResult, DetectJobResult, Job, JobState, Stats, Worker
+from ai4thai.results import Analysis, Answer, DetectResult
+from ai4thai.server_info import Device, Model, ModelState
+
+out: Final = Console(highlight=False, soft_wrap=False)
+"""What was asked for."""
+err: Final = Console(stderr=True, highlight=False)
+"""Progress, notes, errors: never mixed into what another program reads."""
+
+STATE_STYLE: Final = {
+    JobState.SUCCEEDED: "green",
+    JobState.FAILED: "red",
+    JobState.EXPIRED: "red",
+    JobState.CANCELLED: "yellow",
+    JobState.RUNNING: "cyan",
+}
+
+
+def print_error(error: object) -> None:
+    """One red line that says what was wrong."""
+    err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+
+
+def print_note(text: str) -> None:
+    """One dim line beside what was asked for."""
+    err.print(f"[dim]{escape(text)}[/]", soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """One value as JSON, a line to itself."""
+    sys.stdout.write(json.dumps(as_json(value), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def as_json(value: object) -> Any:
+    """A result as JSON knows it: pictures left out, errors as code, reason and message, times in ISO 8601."""
+    if isinstance(value, AI4ThaiError):
+        return {"code": value.code, "reason": value.reason, "message": value.message, "metadata": value.metadata}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: as_json(inner) for name, inner in fields.items() if not isinstance(inner, bytes)}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Enum):
+        return value.value
+    return value
+
+
+def print_detection(name: str, result: DetectResult) -> None:
+    """The objects of one image as a table."""
+    notes = f"{result.width_px} x {result.height_px} px · {result.timings.total_ms:.0f} ms · {result.model}"
+    title = f"{escape(name)}  [dim]{notes}[/]"
+    if not result.detections and not result.classes:
+        out.print(f"{title}\n  nothing found\n")
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=True, header_style="dim")
+    table.add_column("label")
+    table.add_column("confidence", justify="right")
+    table.add_column("left, top – right, bottom (px)")
+    for item in result.detections:
+        box = item.box
+        place = f"{box.x_min_px:.0f}, {box.y_min_px:.0f} – {box.x_max_px:.0f}, {box.y_max_px:.0f}"
+        table.add_row(escape(item.label), f"{item.confidence:.2f}", place)
+    for kind in result.classes:
+        table.add_row(escape(kind.label), f"{kind.confidence:.2f}", "the whole image")
+    out.print(table)
+    out.print()
+
+
+def print_analysis(name: str, result: Analysis) -> None:
+    """The answer about one image, then its objects."""
+    out.print(f"[bold]{escape(result.text)}[/]")
+    print_detection(name, result.detection)
+
+
+def in_words(labels: Iterable[str]) -> str:
+    """Labels counted: `2 circle, 1 star`; `nothing` without any."""
+    counted = Counter(labels)
+    return ", ".join(f"{count} {label}" for label, count in sorted(counted.items())) or "nothing"
+
+
+def print_answer_notes(answer: Answer) -> None:
+    """How a text came about, one dim line."""
+    speed = ""
+    writing_ms = answer.timings.total_ms - answer.timings.time_to_first_token_ms
+    if answer.usage.completion_tokens > 1 and writing_ms > 0:
+        speed = f" · {(answer.usage.completion_tokens - 1) / writing_ms * 1000:.0f} tokens/s"
+    err.print(
+        f"[dim]{answer.model} · {answer.usage.completion_tokens} tokens{speed} · first after "
+        f"{answer.timings.time_to_first_token_ms:.0f} ms · {answer.finish_reason.value.lower()}[/]"
+    )
+
+
+def job_line(job: Job) -> str:
+    """A job in one line, with markup."""
+    style = STATE_STYLE.get(job.state, "white")
+    progress = ""
+    if job.progress.total_count:
+        progress = f"  {job.progress.completed_count}/{job.progress.total_count}"
+    attempt = f"  attempt {job.attempt_count} of {job.max_attempts}" if job.attempt_count > 1 else ""
+    why = f"  {escape(str(job.error))}" if job.error else ""
+    return f"{job.job_id}  [{style}]{job.state.value:<9}[/]  {job.kind}{progress}{attempt}{why}"
+
+
+def print_jobs(jobs: Iterable[Job]) -> None:
+    """Jobs as a table."""
+    table = Table(box=None, header_style="dim")
+    for column in ("job", "state", "kind", "queue", "progress", "attempts", "submitted", "took"):
+        table.add_column(column, no_wrap=column == "job")
+    for job in jobs:
+        progress = f"{job.progress.completed_count}/{job.progress.total_count}" if job.progress.total_count else ""
+        took = ""
+        if job.create_time and job.end_time:
+            took = f"{(job.end_time - job.create_time).total_seconds():.1f} s"
+        submitted = job.create_time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if job.create_time else ""
+        state = f"[{STATE_STYLE.get(job.state, 'white')}]{job.state.value}[/]"
+        attempts = f"{job.attempt_count}/{job.max_attempts}"
+        table.add_row(job.job_id, state, job.kind, job.queue, progress, attempts, submitted, took)
+    out.print(table)
+
+
+def print_job_result(job: Job) -> None:
+    """What a job brought, or why it brought nothing."""
+    if job.error is not None:
+        print_error(job.error)
+    match job.result:
+        case DetectJobResult(items=detected):
+            for number, found in enumerate(detected, start=1):
+                if found.detection is not None:
+                    print_detection(f"image {number}", found.detection)
+                else:
+                    print_error(f"image {number}: {found.error}")
+        case AnalyzeJobResult(items=analyzed):
+            for number, told in enumerate(analyzed, start=1):
+                if told.analysis is not None:
+                    print_analysis(f"image {number}", told.analysis)
+                else:
+                    print_error(f"image {number}: {told.error}")
+        case Answer() as answer:
+            out.print(escape(answer.text))
+            print_answer_notes(answer)
+
+
+def print_models(models: Iterable[Model]) -> None:
+    """Models as a table."""
+    table = Table(box=None, header_style="dim")
+    for column in ("model", "task", "state", "engine", "precision", "device", "labels"):
+        table.add_column(column)
+    styles = {ModelState.READY: "green", ModelState.FAILED: "red"}
+    for model in models:
+        state = f"[{styles.get(model.state, 'yellow')}]{model.state.value}[/]"
+        if model.state not in styles:
+            state += f" {model.load_progress:.0%}"
+        about = escape(model.state_reason or ", ".join(model.labels[:6]) + (" …" if len(model.labels) > 6 else ""))
+        name = escape(model.name) + (" *" if model.is_default else "")
+        table.add_row(name, model.task.value.lower(), state, model.engine, model.precision, model.device, about)
+    out.print(table)
+
+
+def print_devices(devices: Iterable[Device]) -> None:
+    """Devices as a table; what a device can't tell stays empty."""
+    table = Table(box=None, header_style="dim")
+    for column in ("device", "name", "memory", "busy", "utilization", "temperature", "power"):
+        table.add_column(column)
+    for device in devices:
+        table.add_row(
+            device.kind if device.kind == "cpu" else f"{device.kind}:{device.index}",
+            escape(" ".join(filter(None, (device.name, device.mig_profile)))),
+            f"{device.memory_used_bytes / 2**30:.1f} of {device.memory_total_bytes / 2**30:.1f} GiB",
+            f"{device.busy_ratio:.0%}",
+            "" if device.utilization is None else f"{device.utilization:.0%}",
+            "" if device.temperature_celsius is None else f"{device.temperature_celsius:.0f} °C",
+            "" if device.power_watts is None else f"{device.power_watts:.0f} W",
+        )
+    out.print(table)
+
+
+def print_stats(stats: Stats, workers: Iterable[Worker]) -> None:
+    """The queues' counts and the workers as two tables."""
+    table = Table(box=None, header_style="dim")
+    for column in ("queue", "queued", "scheduled", "running", "failed", "oldest", "jobs/s", "p50", "p95"):
+        table.add_column(column, justify="left" if column == "queue" else "right")
+    for item in stats.queues:
+        table.add_row(
+            escape(item.queue) + (" (paused)" if item.paused else ""),
+            *(str(count) for count in (item.depth, item.scheduled, item.running, item.failed)),
+            _seconds(item.oldest_age_s),
+            f"{item.throughput_per_second:.2f}",
+            _seconds(item.latency_p50_s),
+            _seconds(item.latency_p95_s),
+        )
+    out.print(table if stats.queues else "no queue has had a job yet")
+    people = Table(box=None, header_style="dim")
+    for column in ("worker", "at once", "jobs now", "ended"):
+        people.add_column(column)
+    for worker in workers:
+        people.add_row(
+            worker.worker, str(worker.concurrency), ", ".join(worker.job_ids) or "–", str(worker.ended_count)
+        )
+    out.print(people if stats.worker_count else "[yellow]no worker is alive: jobs wait[/]")
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} s"

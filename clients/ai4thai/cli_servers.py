@@ -1,0 +1,78 @@
+"""The commands that ask the servers about themselves: health, info, stats."""
+
+from __future__ import annotations
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ai4thai import queue_client, vision_client
+from ai4thai.cli_options import QUEUE, VISION, AsJson, QueueAddress, VisionAddress
+from ai4thai.cli_output import out, print_devices, print_json, print_models, print_stats
+from ai4thai.errors import AI4ThaiError
+from ai4thai.queue_client import QueueClient
+from ai4thai.server_info import Health
+from ai4thai.vision_client import VisionClient
+
+
+def health(json: AsJson = False, vision: VisionAddress = VISION, queue: QueueAddress = QUEUE) -> None:
+    """Tells whether both servers are ready; exits 0 when they are."""
+    with VisionClient(vision, timeout_s=5) as seeing, QueueClient(queue, timeout_s=5) as queueing:
+        answers = {
+            "vision": (vision, _ask_health(seeing, vision_client.SERVICE_NAME)),
+            "queue": (queue, _ask_health(queueing, queue_client.SERVICE_NAME)),
+        }
+    if json:
+        print_json({name: {"address": address, "health": answer[0]} for name, (address, answer) in answers.items()})
+    else:
+        table = Table(box=None, show_header=False)
+        for name, (address, (state, why)) in answers.items():
+            style = "green" if state == Health.SERVING else "red"
+            table.add_row(name, address, f"[{style}]{state}[/]", f"[dim]{escape(why)}[/]")
+        out.print(table)
+    if any(state != Health.SERVING for _, (state, _) in answers.values()):
+        raise typer.Exit(1)
+
+
+def info(json: AsJson = False, vision: VisionAddress = VISION) -> None:
+    """Tells what the vision server is, what it has loaded and what it runs on."""
+    with VisionClient(vision) as client:
+        server, devices = client.info(), client.devices()
+    if json:
+        print_json({"server": server, "devices": devices})
+        return
+    state = "[green]ready[/]" if server.ready else "[yellow]not ready[/]"
+    out.print(f"vision server {server.version} at {escape(vision)}: {state}, up for {_duration(server.uptime_s)}")
+    out.print(f"[dim]can:[/] {', '.join(server.capabilities)}")
+    limits = server.limits
+    out.print(
+        f"[dim]takes:[/] images up to {limits.max_image_bytes / 1e6:.0f} MB and {limits.max_image_pixels / 1e6:.0f} megapixels, "
+        f"{limits.max_new_tokens} new tokens, {limits.max_stream_in_flight} pictures of a stream at once\n"
+    )
+    print_models(server.models)
+    out.print()
+    print_devices(devices)
+
+
+def stats(json: AsJson = False, queue: QueueAddress = QUEUE) -> None:
+    """Counts the jobs of each queue, and lists the workers."""
+    with QueueClient(queue) as client:
+        counts, workers = client.stats(), client.workers()
+    if json:
+        print_json({"stats": counts, "workers": workers})
+    else:
+        print_stats(counts, workers)
+
+
+def _ask_health(client: VisionClient | QueueClient, service: str) -> tuple[str, str]:
+    try:
+        state = client.health(service)
+    except AI4ThaiError as error:
+        return "UNREACHABLE", str(error)
+    return state.value, "" if state == Health.SERVING else "curl its /health/detailed for the reasons"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

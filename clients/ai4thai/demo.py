@@ -1,0 +1,136 @@
+"""Shows what the platform can do: pictures through a stream, a question in two languages, a job to its end."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from rich.markup import escape
+from rich.table import Table
+
+from ai4thai.cli_output import err, in_words, job_line, out, print_job_result
+from ai4thai.cli_up import start_stack, stop_stack, wait_until_ready
+from ai4thai.errors import ServerFault
+from ai4thai.frames import IMAGE_SUFFIXES
+from ai4thai.job_results import Job, JobState
+from ai4thai.queue_client import QueueClient
+from ai4thai.stack import Ports, Stack
+from ai4thai.vision_client import VisionClient
+
+SAMPLES: Final = Path(__file__).parent / "samples"
+QUESTIONS: Final = (("English", "What is in the picture?"), ("ไทย", "ในภาพมีอะไรบ้าง"))
+
+
+def run_demo(save: Path) -> None:
+    """Starts a stack of its own on free ports, uses it, stops it.
+
+    Raises:
+        AI4ThaiError, PartEnded: something did not work; the processes' logs are then kept, and their place is told.
+    """
+    begun_s = time.monotonic()
+    samples = sorted(path for path in SAMPLES.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    folder = Path(tempfile.mkdtemp(prefix="ai4thai-demo-"))
+    stack = Stack(Ports.free(), folder, env={"SERVING_LOG_FORMAT": "console"})
+    try:
+        out.rule("[bold]AI4Thai demo[/]")
+        start_stack(stack)
+        wait_until_ready(stack)
+        with VisionClient(stack.vision_address) as vision, QueueClient(stack.queue_address) as queue:
+            _show_stream(vision, samples)
+            _show_questions(vision, samples[0])
+            _show_job(queue, samples[:3])
+            _save_picture(vision, samples[0], save)
+    except BaseException:
+        stop_stack(stack)
+        err.print(f"[dim]What the processes logged is kept in {stack.log_dir}[/]", soft_wrap=True)
+        raise
+    stop_stack(stack)
+    shutil.rmtree(folder, ignore_errors=True)
+    _tell_how_to_go_on(samples[0], time.monotonic() - begun_s)
+
+
+def _show_stream(vision: VisionClient, samples: list[Path]) -> None:
+    _headline(f"{len(samples)} pictures through one stream")
+    table = Table(box=None, header_style="dim")
+    table.add_column("picture")
+    table.add_column("size (px)", justify="right")
+    table.add_column("found")
+    table.add_column("surest", justify="right")
+    table.add_column("ms", justify="right")
+    begun_s = time.monotonic()
+    with vision.detect_stream(samples) as results:
+        for sample, result in zip(samples, results, strict=True):
+            found = result.detection
+            if found is None:
+                table.add_row(sample.name, "", f"[red]{escape(str(result.error))}[/]", "", "")
+                continue
+            surest = f"{found.detections[0].confidence:.2f}" if found.detections else ""
+            words = in_words(item.label for item in found.detections)
+            size = f"{found.width_px} x {found.height_px}"
+            table.add_row(sample.name, size, words, surest, f"{found.timings.total_ms:.0f}")
+        summary = results.summary
+    elapsed_s = time.monotonic() - begun_s
+    out.print(table)
+    out.print(
+        f"  [dim]{summary.detected_count} pictures in {elapsed_s:.2f} s: {len(samples) / elapsed_s:.1f} images/s[/]"
+    )
+    if summary.error_count:
+        raise ServerFault(f"{summary.error_count} of the demo's own pictures could not be answered.")
+
+
+def _show_questions(vision: VisionClient, sample: Path) -> None:
+    _headline(f"Questions about {sample.name}, answered as the words come")
+    for language, question in QUESTIONS:
+        out.print(f"  [dim]{language:<8}[/] {question}")
+        sys.stdout.write("           → ")
+        with vision.ask(sample, question) as text:
+            for piece in text:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            answer = text.summary
+        out.print(
+            f"           [dim]{answer.usage.completion_tokens} tokens, the first after "
+            f"{answer.timings.time_to_first_token_ms:.0f} ms, the last after {answer.timings.total_ms:.0f} ms[/]"
+        )
+
+
+def _show_job(queue: QueueClient, samples: list[Path]) -> None:
+    _headline(f"A job: {len(samples)} pictures, each with a question")
+
+    def tell(change: Job) -> None:
+        out.print(f"  {job_line(change)}", soft_wrap=True)
+
+    job = queue.submit_analyze(samples, "How many shapes are there?", labels={"from": "demo"})
+    job = queue.wait(job.job_id, timeout_s=300, on_change=tell)
+    print_job_result(job)
+    if job.state is not JobState.SUCCEEDED:
+        raise ServerFault(f"The demo's job ended {job.state}.")
+
+
+def _save_picture(vision: VisionClient, sample: Path, save: Path) -> None:
+    save.parent.mkdir(parents=True, exist_ok=True)
+    vision.detect(sample, annotate=True).save(save)
+    _headline("A picture with what was found drawn in")
+    out.print(f"  {save.resolve()}", soft_wrap=True)
+
+
+def _tell_how_to_go_on(sample: Path, took_s: float) -> None:
+    _headline("How to go on")
+    command = Path(sys.argv[0])
+    name = str(command) if command.name == "ai4thai" else "ai4thai"
+    out.print(f"  {name} up   [dim]# or make up: the same, to stay[/]")
+    out.print("  [dim]then, in another terminal:[/]")
+    shown = sample.relative_to(Path.cwd()) if sample.is_relative_to(Path.cwd()) else sample
+    out.print(f"  {name} detect {shown} --save out.jpg", soft_wrap=True)
+    out.print(f'  {name} ask {shown} "Is there a star?"', soft_wrap=True)
+    out.print("  [dim]README.md has the same in Python, for grpcurl and for curl.[/]")
+    out.print(f"\n[bold green]All of it worked[/], in {took_s:.1f} s.")
+
+
+def _headline(text: str) -> None:
+    out.print(f"\n[bold]{text}[/]")

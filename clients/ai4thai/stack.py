@@ -1,0 +1,277 @@
+"""Runs the whole platform on this machine: broker, vision server, queue server and worker as child processes.
+
+The order is the order of need: what comes later needs what comes earlier, so it is stopped before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+import httpx
+
+STOP_S: Final = 45.0
+"""How long a process may drain (the servers allow themselves 30 s) before it is killed."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The TCP ports of one stack."""
+
+    vision: int = 2001
+    queue: int = 2003
+    redis: int = 6379
+
+    @classmethod
+    def free(cls) -> Self:
+        """Three ports that nobody uses at this moment."""
+        with ExitStack() as held:  # all three held at once, so that they differ
+            sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+            return cls(*(int(held_socket.getsockname()[1]) for held_socket in sockets))
+
+
+@dataclass
+class Part:
+    """One child process."""
+
+    name: str
+    command: list[str]
+    env: Mapping[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs, and before it has been started."""
+        return self.process.poll() if self.process else None
+
+    def log_tail(self, lines: int = 15) -> str:
+        """The last lines that it wrote."""
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return ""
+
+
+class PartEnded(Exception):
+    """A process of the stack has ended by itself."""
+
+    def __init__(self, part: Part) -> None:
+        code = part.exit_code
+        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+        super().__init__(f"{part.name} {how}. Its last words ({part.log}):\n{part.log_tail()}")
+        self.part = part
+
+
+class PortTaken(Exception):
+    """Somebody else listens where a server of the stack would."""
+
+    def __init__(self, name: str, port: int) -> None:
+        super().__init__(
+            f"Port {port}, which {name} would listen on, is in use. Stop what runs there, or use --free-ports or "
+            f"--{name}-port."
+        )
+
+
+@dataclass
+class Stack:
+    """The four processes; `redis_url` empty means an embedded broker, otherwise that Redis is used."""
+
+    ports: Ports
+    data_dir: Path
+    host: str = "127.0.0.1"
+    redis_url: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def vision_address(self) -> str:
+        """Where the vision server is."""
+        return f"localhost:{self.ports.vision}"
+
+    @property
+    def queue_address(self) -> str:
+        """Where the queue server is."""
+        return f"localhost:{self.ports.queue}"
+
+    @property
+    def log_dir(self) -> Path:
+        """Where each process writes what it has to say."""
+        return self.data_dir / "logs"
+
+    def start(self) -> None:
+        """Starts the processes; returns before they are ready.
+
+        Raises:
+            PortTaken: somebody else listens on one of the ports.
+            PartEnded: the broker could not start.
+        """
+        self._check_ports()
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        if not self.redis_url:
+            broker = self._spawn("broker", "queue_server.broker")
+            while "redis://" not in broker.log_tail():  # it prints its URL once it answers
+                if broker.exit_code is not None:
+                    raise PartEnded(broker)
+                time.sleep(0.05)
+        # Everything else starts at once: the queue takes jobs, and the worker holds them, while the models load.
+        self._spawn("vision", "vision_server")
+        self._spawn("queue", "queue_server")
+        self._spawn("worker", "queue_server.worker")
+
+    def waiting_for(self) -> Iterator[dict[str, str]]:
+        """Looks again and again until all are ready; yields what is still missing, by name with a word about it.
+
+        Raises:
+            PartEnded: a process has ended instead.
+        """
+        probes: dict[str, Callable[[httpx.Client], str]] = {
+            "vision": self._vision_missing,
+            "queue": self._queue_missing,
+            "worker": self._worker_missing,
+        }
+        with httpx.Client(timeout=2.0, trust_env=False) as http:
+            while True:
+                self.check()
+                missing = {name: word for name, probe in probes.items() if (word := _safely(probe, http))}
+                yield missing
+                if not missing:
+                    return
+                time.sleep(0.2)
+
+    def check(self) -> None:
+        """Raises PartEnded when a process has ended."""
+        for part in self.parts:
+            if part.exit_code is not None:
+                raise PartEnded(part)
+
+    def stop(self, told: Callable[[str], None] = lambda name: None) -> None:
+        """Stops the processes one after the other, the last started first; each may drain for STOP_S."""
+        for part in reversed(self.parts):
+            if part.process is None or part.exit_code is not None:
+                continue
+            told(part.name)
+            part.process.terminate()
+            try:
+                part.process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                part.process.kill()
+                part.process.wait()
+
+    def kill(self) -> None:
+        """Ends all processes at once, without draining."""
+        for part in reversed(self.parts):
+            if part.process is not None and part.exit_code is None:
+                part.process.kill()
+
+    def failed_models(self) -> dict[str, str]:
+        """The models that could not be loaded, with the reason."""
+        with httpx.Client(timeout=2.0, trust_env=False) as http:
+            info = http.get(f"http://127.0.0.1:{self.ports.vision}/info").json()
+        return {
+            model["name"]: model.get("state_reason", "")
+            for model in info["models"]
+            if model["state"] == "MODEL_STATE_FAILED"
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.stop()
+        except BaseException:  # a second Ctrl-C
+            self.kill()
+            raise
+
+    def _spawn(self, name: str, module: str) -> Part:
+        log = self.log_dir / f"{name}.log"
+        part = Part(name, [sys.executable, "-m", module], {**os.environ, **self._settings(), **self.env}, log)
+        with log.open("wb") as output:
+            part.process = subprocess.Popen(
+                part.command,
+                env=dict(part.env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # A group of its own: the terminal's Ctrl-C reaches us alone, who stop all in order.
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        self.parts.append(part)
+        return part
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            "AI4THAI_DATA_DIR": str(self.data_dir),
+            "VISION_SERVICE_PORT": str(self.ports.vision),
+            "QUEUE_WORKER_PORT": str(self.ports.queue),
+            "QUEUE_VISION_ADDRESS": self.vision_address,
+            "REDIS_PORT": str(self.ports.redis),
+            "REDIS_URL": self.redis_url or f"redis://127.0.0.1:{self.ports.redis}/0",
+            "SERVING_HOST": self.host,
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _check_ports(self) -> None:
+        wanted = {"vision": self.ports.vision, "queue": self.ports.queue}
+        # Not the broker's: it may find a server there that outlived an earlier run, and adopt it.
+        for name, port in wanted.items():
+            try:
+                socket.create_server((self.host, port)).close()
+            except OSError:
+                raise PortTaken(name, port) from None
+
+    def _vision_missing(self, http: httpx.Client) -> str:
+        if http.get(f"http://127.0.0.1:{self.ports.vision}/health").status_code == 200:
+            return ""
+        models = http.get(f"http://127.0.0.1:{self.ports.vision}/info").json()["models"]
+        states = {model["name"]: model["state"].removeprefix("MODEL_STATE_") for model in models}
+        if states and set(states.values()) <= {"READY", "FAILED"} and "FAILED" in states.values():
+            return ""  # it will not get any readier: what failed is told, the others serve
+        progress = {model["name"]: float(model.get("load_progress", 0)) for model in models}
+        return ", ".join(
+            f"{name} {state.lower().replace('_', ' ')}" + (f" {progress[name]:.0%}" if state == "LOADING" else "")
+            for name, state in states.items()
+            if state != "READY"
+        )
+
+    def _queue_missing(self, http: httpx.Client) -> str:
+        answer = http.get(f"http://127.0.0.1:{self.ports.queue}/health")
+        return "" if answer.status_code == 200 else "not serving yet"
+
+    def _worker_missing(self, http: httpx.Client) -> str:
+        answer: dict[str, Any] = http.get(f"http://127.0.0.1:{self.ports.queue}/v1/workers").json()
+        return "" if answer.get("workers") else "not registered yet"
+
+
+def default_data_dir() -> Path:
+    """AI4THAI_DATA_DIR, or `ai4thai` in the user's data directory."""
+    if given := os.environ.get("AI4THAI_DATA_DIR"):
+        return Path(given)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "ai4thai"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "ai4thai"
+
+
+def _safely(probe: Callable[[httpx.Client], str], http: httpx.Client) -> str:
+    try:
+        return probe(http)
+    except (httpx.HTTPError, ValueError, KeyError):
+        return "starting"
+
+
+def _end_with_parent() -> None:
+    # Even a killed parent leaves nothing running (Linux: PR_SET_PDEATHSIG). Runs between fork and exec, before any thread of
+    # ours exists: the stack is started before the progress display is, and no gRPC is used here.
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,0 +1,192 @@
+"""`ai4thai up` with the real broker, queue server and worker, and a vision server in shape only, which is there at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from ai4thai import QueueClient, VisionClient
+from ai4thai.stack import Ports
+
+from tests.clients.fake_servers import FakeServer, FakeVision
+from tests.processes import ROOT
+
+VISION_IN_SHAPE = """
+import http.server, json, os, signal, sys
+
+MODELS = json.loads(os.environ.get("FAKE_MODELS", "[]"))
+
+class Face(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        ready = not MODELS
+        body = json.dumps({"models": MODELS}).encode()
+        self.send_response(200 if ready or self.path == "/info" else 503)
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *arguments):
+        pass
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["VISION_SERVICE_PORT"])), Face).serve_forever()
+"""
+
+
+class Up:
+    """A running `ai4thai up`, and what it has printed so far."""
+
+    def __init__(self, process: subprocess.Popen[str], output: Path) -> None:
+        self.process = process
+        self._output = output
+
+    @property
+    def text(self) -> str:
+        return self._output.read_text()
+
+    def wait_for(self, words: str, timeout_s: float = 40) -> str:
+        until_s = time.monotonic() + timeout_s
+        while words not in self.text:
+            if self.process.poll() is not None or time.monotonic() > until_s:
+                raise AssertionError(f"{words!r} did not come; exit code {self.process.poll()}:\n{self.text}")
+            time.sleep(0.05)
+        return self.text
+
+    def children(self) -> dict[str, psutil.Process]:
+        """By the module that each runs."""
+        return {child.cmdline()[-1]: child for child in psutil.Process(self.process.pid).children()}
+
+
+Start = Callable[..., Up]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    package = tmp_path / "stand_in" / "vision_server"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text(VISION_IN_SHAPE)
+    paths = os.pathsep.join(map(str, (tmp_path / "stand_in", ROOT / "clients", ROOT)))
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str, **env: str) -> Up:
+        command = [sys.executable, "-m", "ai4thai.cli", "up", *arguments]
+        output = tmp_path / f"up-{len(started)}.txt"
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                text=True,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": paths, "AI4THAI_DATA_DIR": str(tmp_path / "data"), **env},
+            )
+        started.append(process)
+        return Up(process, output)
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+@contextmanager
+def nothing_left_of(up: Up) -> Iterator[None]:
+    """Whatever ran when the block began has ended soon after it."""
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    assert len(family) >= 4
+    yield
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+def test_ctrl_c_stops_everything_in_order(start: Start, tmp_path: Path) -> None:
+    up = start("--free-ports")
+    printed = up.wait_for("Ctrl-C stops everything")
+    vision, queue = re.findall(r"localhost:\d+", printed)[0], re.findall(r"AI4THAI_QUEUE_ADDRESS=(\S+)", printed)[0]
+    assert f"AI4THAI_VISION_ADDRESS={vision}" in printed
+    with QueueClient(queue) as client:
+        assert len(client.workers()) == 1
+    children = up.children()
+    assert set(children) == {"queue_server.broker", "vision_server", "queue_server", "queue_server.worker"}
+
+    with nothing_left_of(up):
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(60) == 0
+
+    assert "Stopped." in up.text and "Traceback" not in up.text
+    # Each process has written its last line before the one it needs was told to stop.
+    ends = [(tmp_path / "data" / "logs" / f"{name}.log").stat().st_mtime_ns for name in ("worker", "queue")]
+    assert ends == sorted(ends)
+
+
+def test_sigterm_does_the_same(start: Start) -> None:
+    up = start("--free-ports")
+    up.wait_for("Ctrl-C stops everything")
+    with nothing_left_of(up):
+        up.process.terminate()
+        assert up.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("victim", ["queue_server.worker", "vision_server"])
+def test_a_process_that_dies_stops_the_rest(start: Start, victim: str) -> None:
+    up = start("--free-ports")
+    up.wait_for("Ctrl-C stops everything")
+    with nothing_left_of(up):
+        up.children()[victim].kill()
+        assert up.process.wait(60) == 1
+    name = "worker" if "worker" in victim else "vision"
+    assert f"Error: {name} was killed by SIGKILL" in up.text and "Traceback" not in up.text
+
+
+def test_nothing_outlives_a_killed_up(start: Start) -> None:
+    if sys.platform != "linux":
+        pytest.skip("only Linux tells children that their parent has died")
+    up = start("--free-ports")
+    up.wait_for("Ctrl-C stops everything")
+    with nothing_left_of(up):
+        up.process.kill()
+        up.process.wait(10)
+
+
+def test_a_port_that_is_taken_is_named(start: Start) -> None:
+    with FakeServer(FakeVision()) as other, VisionClient(other.address) as client:
+        assert client.info().version
+        up = start("--vision-port", str(other.port), "--queue-port", str(Ports.free().queue))
+        assert up.process.wait(60) == 1
+        assert f"Port {other.port}" in up.text and "--free-ports" in up.text
+
+
+def test_a_redis_of_ones_own_is_used_and_a_wrong_one_is_told(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        nobody = held.getsockname()[1]
+    up = start("--free-ports", REDIS_URL=f"redis://127.0.0.1:{nobody}/0")
+    up.wait_for("Started vision, queue, worker")
+    time.sleep(2)
+    assert "Ready" not in up.text
+    with_broker = start("--free-ports", "--data-dir", "other")
+    printed = with_broker.wait_for("Ctrl-C stops everything")
+    assert "embedded broker" in printed
+
+
+def test_a_model_that_cannot_be_loaded_is_told_and_the_rest_serves(start: Start) -> None:
+    failed = '[{"name": "big[model]", "state": "MODEL_STATE_FAILED", "state_reason": "no such file"}]'
+    up = start("--free-ports", FAKE_MODELS=failed)
+    printed = up.wait_for("Ctrl-C stops everything")
+    assert "the model big[model] could not be loaded: no such file" in printed
+
+
+def test_verbose_shows_the_processes_lines(start: Start) -> None:
+    up = start("--free-ports", "--verbose")
+    up.wait_for("Ctrl-C stops everything")
+    up.wait_for("queue   ")
+    assert re.search(r"^(queue|worker|broker) +\S", up.text, re.MULTILINE)
