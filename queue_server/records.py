@@ -1,0 +1,103 @@
+"""Reads a job's record and its changes as Redis holds them.
+
+A record is a hash of strings; a change is a JSON object with the fields that it set. A record's changing fields are what its
+changes add up to, so that a watcher can tell the job as it was after each of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from queue_server.jobs import Attempt, Job, JobState, Priority, Progress
+
+Fields = Mapping[str, str]
+"""The fields of a record's hash."""
+
+# What a submission sets once; all other fields come from the changes.
+BORN = (
+    *("id", "kind", "queue", "priority", "labels", "request_id"),
+    *("max_attempts", "created_ms", "not_before_ms", "deadline_ms"),
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A record with the changes that are still kept of it, oldest first."""
+
+    fields: Fields
+    changes: Sequence[Fields]
+
+
+def read_fields(reply: Mapping[bytes, bytes] | Sequence[bytes]) -> Fields:
+    """The fields of a HGETALL, from the client (a mapping) or from a script (a flat list)."""
+    pairs: Iterable[tuple[bytes, bytes]]
+    pairs = reply.items() if isinstance(reply, Mapping) else zip(reply[::2], reply[1::2], strict=True)
+    return {name.decode(): value.decode() for name, value in pairs}
+
+
+def read_change(line: bytes) -> Fields:
+    """One entry of a job's list of changes."""
+    return {str(name): str(value) for name, value in json.loads(line).items()}
+
+
+def read_job(fields: Fields) -> Job:
+    """The job that a record's fields tell of."""
+
+    def number(name: str) -> int:
+        return int(fields.get(name) or 0)
+
+    return Job(
+        job_id=fields["id"],
+        kind=fields["kind"],
+        state=JobState(fields["state"]),
+        queue=fields["queue"],
+        priority=Priority(fields["priority"]),
+        max_attempts=number("max_attempts"),
+        create_ms=number("created_ms"),
+        labels=json.loads(fields.get("labels") or "{}"),
+        request_id=fields.get("request_id", ""),
+        not_before_ms=number("not_before_ms"),
+        deadline_ms=number("deadline_ms"),
+        start_ms=number("started_ms"),
+        end_ms=number("ended_ms"),
+        expire_ms=number("expire_ms"),
+        revision=number("rev"),
+        attempt=number("attempt"),
+        spent=number("spent"),
+        cancel_requested=fields.get("cancel") == "1",
+        progress=Progress(number("done"), number("total"), fields.get("msg", "")),
+        attempts=_read_attempts(fields),
+        error=base64.b64decode(fields.get("error", "")),
+    )
+
+
+def history(kept: Kept) -> list[Job]:
+    """The job after each change that is kept, oldest first.
+
+    Where the beginning is no longer kept (a job of very many changes), what only the lost changes said is taken from the record.
+    """
+    first = int(kept.changes[0]["rev"]) if kept.changes else 0
+    fields = dict(kept.fields) if first > 1 else {name: kept.fields[name] for name in BORN if name in kept.fields}
+    jobs = []
+    for change in kept.changes:
+        fields.update(change)
+        jobs.append(read_job(fields))
+    return jobs
+
+
+def write_status(status: bytes) -> str:
+    """A serialised Status as it stands in a record."""
+    return base64.b64encode(status).decode()
+
+
+def _read_attempts(fields: Fields) -> tuple[Attempt, ...]:
+    attempts = []
+    for name, value in fields.items():
+        # An empty one made room for a later one.
+        if name.startswith("att:") and value:
+            start_ms, end_ms, worker, error = json.loads(value)
+            attempts.append(Attempt(int(name[4:]), int(start_ms), int(end_ms), worker, base64.b64decode(error)))
+    return tuple(sorted(attempts, key=lambda attempt: attempt.number))

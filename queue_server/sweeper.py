@@ -1,0 +1,110 @@
+"""Moves on the jobs that time moves on: due, expired, lost with their worker, lost with their message, past their lifetime.
+
+Runs in each queue server; every sweep is a script that does nothing the second time, so several may run at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+
+from queue_server import wire
+from queue_server.errors import JobExpired, StoreUnavailable, WorkerLost
+from queue_server.jobs import KINDS, Priority
+from queue_server.metrics import JobMetrics
+from queue_server.records import write_status
+from queue_server.settings import QueueSettings
+from queue_server.statistics import Statistics
+from queue_server.store import Store
+from serving.logs import get_logger
+
+# The gauges and the lost messages can wait for a few ticks.
+METRICS_S = 5.0
+OVERDUE_EVERY_S = 5.0
+
+_log = get_logger("sweeper")
+
+
+class Sweeper:
+    """start() begins to sweep, each QUEUE_SWEEP_S."""
+
+    def __init__(self, store: Store, statistics: Statistics, metrics: JobMetrics, settings: QueueSettings) -> None:
+        self._store = store
+        self._statistics = statistics
+        self._metrics = metrics
+        self._settings = settings
+        self._task: asyncio.Task[None] | None = None
+        self._leases_from_s = 0.0
+        self._overdue_from_s = 0.0
+        self._metrics_from_s = 0.0
+
+    async def start(self) -> None:
+        """Begins to sweep in the background."""
+        self._task = asyncio.create_task(self._run(), name="sweeper")
+
+    async def stop(self) -> None:
+        """Stops after the script that runs."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except StoreUnavailable as error:
+                _log.debug("cannot sweep", error=str(error))
+                # While Redis was away no lease could be renewed: the workers get a whole lease before theirs count as lost.
+                self._leases_from_s = time.monotonic() + self._settings.lease_s
+            except Exception:
+                # Sweeping must go on: whatever this was, it is looked for again in the next round.
+                _log.exception("a sweep failed")
+            await asyncio.sleep(self._settings.sweep_s)
+
+    async def sweep(self) -> None:
+        """Does one round; raises StoreUnavailable."""
+        for job_id, request_id in await self._store.sweep("sweep_due"):
+            _log.info("job QUEUED: its time has come", job_id=job_id, request_id=request_id)
+        expired = write_status(wire.write_error(JobExpired()))
+        for job_id, request_id in await self._store.sweep("sweep_expired", expired=expired):
+            _log.info("job EXPIRED", job_id=job_id, request_id=request_id)
+        if time.monotonic() >= self._leases_from_s:
+            await self._sweep_lost()
+        if time.monotonic() >= self._overdue_from_s:
+            self._overdue_from_s = time.monotonic() + min(OVERDUE_EVERY_S, self._settings.overdue_s)
+            await self._sweep_overdue()
+        for job_id, request_id in await self._store.sweep("sweep_forgotten"):
+            _log.info("job forgotten: its lifetime has passed", job_id=job_id, request_id=request_id)
+        if time.monotonic() >= self._metrics_from_s:
+            self._metrics_from_s = time.monotonic() + METRICS_S
+            self._metrics.update(await self._statistics.totals(KINDS), len(await self._statistics.workers()))
+
+    async def _sweep_lost(self) -> None:
+        errors: dict[str, str] = {}
+        # The script knows who was lost, this process how to write a Status: first the names, then with a Status for each.
+        for _ in range(2):
+            unknown = False
+            for job_id, request_id, state, worker in await self._store.sweep("sweep_lost", errors=errors):
+                if state == "UNKNOWN":
+                    errors[worker] = write_status(wire.write_error(WorkerLost(worker=worker)))
+                    unknown = True
+                else:
+                    _log.warning(
+                        f"job {state}: its worker stopped answering",
+                        job_id=job_id,
+                        request_id=request_id,
+                        worker=worker,
+                    )
+            if not unknown:
+                return
+
+    async def _sweep_overdue(self) -> None:
+        moved = await self._store.sweep(
+            "sweep_overdue",
+            priorities=[priority.value for priority in Priority],
+            overdue_ms=round(self._settings.overdue_s * 1000),
+        )
+        for job_id, request_id in moved:
+            _log.warning("job sent again: nobody had its message", job_id=job_id, request_id=request_id)
