@@ -96,9 +96,12 @@ def print_analysis(name: str, result: Analysis) -> None:
 
 
 def in_words(labels: Iterable[str]) -> str:
-    """Labels counted: `2 circle, 1 star`; `nothing` without any."""
+    """Labels counted: `2 × circle, star`; `nothing` without any. (They are a model's own words: nobody knows their plurals.)"""
     counted = Counter(labels)
-    return ", ".join(f"{count} {label}" for label, count in sorted(counted.items())) or "nothing"
+    return (
+        ", ".join(label if count == 1 else f"{count} × {label}" for label, count in sorted(counted.items()))
+        or "nothing"
+    )
 
 
 def print_answer_notes(answer: Answer) -> None:

@@ -43,6 +43,7 @@ def up(
     ports = Ports.free() if free_ports else Ports(vision_port, queue_port, redis_port)
     env = {} if "SERVING_LOG_FORMAT" in os.environ else {"SERVING_LOG_FORMAT": "console"}
     stack = Stack(ports, data_dir or default_data_dir(), host, redis_url, env)
+    exit_code = 0
     with interruptible():
         try:
             run_stack(stack, verbose=verbose)
@@ -50,9 +51,10 @@ def up(
             pass
         except (PartEnded, PortTaken) as error:
             print_error(error)
-            raise typer.Exit(1) from None
+            exit_code = 1
         finally:
-            stop_stack(stack)
+            stopped_cleanly = stop_stack(stack)
+    raise typer.Exit(exit_code if stopped_cleanly else 1)
 
 
 def run_stack(stack: Stack, *, verbose: bool) -> None:
@@ -117,17 +119,20 @@ def wait_until_ready(stack: Stack) -> None:
         err.print(f"  [red]✗ the model {escape(name)} could not be loaded:[/] {escape(why)}", soft_wrap=True)
 
 
-def stop_stack(stack: Stack) -> None:
-    """Stops the processes in order; a second Ctrl-C ends them at once."""
-    if not any(part.exit_code is None and part.process for part in stack.parts):
-        return
+def stop_stack(stack: Stack) -> bool:
+    """Stops the processes in order, whether all stopped cleanly; a second Ctrl-C ends them at once."""
     try:
         with err.status("Stopping …") as status:
-            stack.stop(lambda name: status.update(f"Stopping {name} … [dim](Ctrl-C again: at once)[/]"))
-        err.print("Stopped.")
+            unclean = stack.stop(lambda name: status.update(f"Stopping {name} … [dim](Ctrl-C again: at once)[/]"))
     except KeyboardInterrupt:
         stack.kill()
         err.print("[yellow]Ended at once, without draining.[/]")
+        return False
+    for part in unclean:
+        print_error(f"{part.name} ended with {part.exit_code} when it was stopped: {part.log}")
+    if stack.parts:
+        err.print("Stopped.")
+    return not unclean
 
 
 def show_logs(stack: Stack) -> None:
@@ -153,9 +158,8 @@ def _tell_ready(stack: Stack, took_s: float) -> None:
     out.print(f"  queue   [bold]{stack.queue_address}[/]   gRPC, and http://{stack.queue_address}/queue/stats\n")
     if stack.ports != Ports():
         out.print("Tell the command line in another terminal where they are:")
-        out.print(
-            f"  export AI4THAI_VISION_ADDRESS={stack.vision_address} AI4THAI_QUEUE_ADDRESS={stack.queue_address}\n"
-        )
+        where = f"AI4THAI_VISION_ADDRESS={stack.vision_address} AI4THAI_QUEUE_ADDRESS={stack.queue_address}"
+        out.print(f"  export {where}\n", soft_wrap=True)  # to be copied whole
     out.print("Then try:")
     out.print("  ai4thai detect IMAGE --save out.jpg")
     out.print('  ai4thai ask IMAGE "What is in the picture?"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -12,11 +13,11 @@ from typing import Final
 from rich.markup import escape
 from rich.table import Table
 
-from ai4thai.cli_output import err, in_words, job_line, out, print_job_result
+from ai4thai.cli_output import err, in_words, job_line, out
 from ai4thai.cli_up import start_stack, stop_stack, wait_until_ready
 from ai4thai.errors import ServerFault
 from ai4thai.frames import IMAGE_SUFFIXES
-from ai4thai.job_results import Job, JobState
+from ai4thai.job_results import AnalyzeJobResult, Job, JobState
 from ai4thai.queue_client import QueueClient
 from ai4thai.stack import Ports, Stack
 from ai4thai.vision_client import VisionClient
@@ -48,19 +49,18 @@ def run_demo(save: Path) -> None:
         stop_stack(stack)
         err.print(f"[dim]What the processes logged is kept in {stack.log_dir}[/]", soft_wrap=True)
         raise
-    stop_stack(stack)
+    if not stop_stack(stack):
+        raise ServerFault(f"Not everything stopped cleanly. What the processes logged is kept in {stack.log_dir}")
     shutil.rmtree(folder, ignore_errors=True)
     _tell_how_to_go_on(samples[0], time.monotonic() - begun_s)
 
 
 def _show_stream(vision: VisionClient, samples: list[Path]) -> None:
     _headline(f"{len(samples)} pictures through one stream")
+    drawn = _what_was_drawn()
     table = Table(box=None, header_style="dim")
-    table.add_column("picture")
-    table.add_column("size (px)", justify="right")
-    table.add_column("found")
-    table.add_column("surest", justify="right")
-    table.add_column("ms", justify="right")
+    for column in ("picture", "size (px)", "found", "surest", "as drawn"):
+        table.add_column(column)
     begun_s = time.monotonic()
     with vision.detect_stream(samples) as results:
         for sample, result in zip(samples, results, strict=True):
@@ -68,10 +68,10 @@ def _show_stream(vision: VisionClient, samples: list[Path]) -> None:
             if found is None:
                 table.add_row(sample.name, "", f"[red]{escape(str(result.error))}[/]", "", "")
                 continue
-            surest = f"{found.detections[0].confidence:.2f}" if found.detections else ""
-            words = in_words(item.label for item in found.detections)
-            size = f"{found.width_px} x {found.height_px}"
-            table.add_row(sample.name, size, words, surest, f"{found.timings.total_ms:.0f}")
+            labels = [item.label for item in found.detections]
+            surest = f"{found.detections[0].confidence:.2f}" if labels else ""
+            same = "[green]yes[/]" if in_words(labels) == in_words(drawn[sample.name]) else "[yellow]no[/]"
+            table.add_row(sample.name, f"{found.width_px} x {found.height_px}", in_words(labels), surest, same)
         summary = results.summary
     elapsed_s = time.monotonic() - begun_s
     out.print(table)
@@ -80,6 +80,12 @@ def _show_stream(vision: VisionClient, samples: list[Path]) -> None:
     )
     if summary.error_count:
         raise ServerFault(f"{summary.error_count} of the demo's own pictures could not be answered.")
+
+
+def _what_was_drawn() -> dict[str, list[str]]:
+    """The labels of the shapes in each sample, by its file's name: the truth, which the server is not told."""
+    samples = json.loads((SAMPLES / "samples.json").read_text("utf-8"))["samples"]
+    return {sample["file"]: [shape["label"] for shape in sample["shapes"]] for sample in samples}
 
 
 def _show_questions(vision: VisionClient, sample: Path) -> None:
@@ -107,9 +113,17 @@ def _show_job(queue: QueueClient, samples: list[Path]) -> None:
 
     job = queue.submit_analyze(samples, "How many shapes are there?", labels={"from": "demo"})
     job = queue.wait(job.job_id, timeout_s=300, on_change=tell)
-    print_job_result(job)
-    if job.state is not JobState.SUCCEEDED:
-        raise ServerFault(f"The demo's job ended {job.state}.")
+    if job.state is not JobState.SUCCEEDED or not isinstance(job.result, AnalyzeJobResult):
+        raise job.error or ServerFault(f"The demo's job ended {job.state}.")
+    table = Table(box=None, header_style="dim")
+    for column in ("picture", "How many shapes are there?", "found"):
+        table.add_column(column)
+    for sample, item in zip(samples, job.result.items, strict=True):
+        if item.analysis is None:
+            raise item.error or ServerFault(f"The demo's job says nothing of {sample.name}.")
+        labels = [found.label for found in item.analysis.detection.detections]
+        table.add_row(sample.name, escape(item.analysis.text), in_words(labels))
+    out.print(table)
 
 
 def _save_picture(vision: VisionClient, sample: Path, save: Path) -> None:

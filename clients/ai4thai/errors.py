@@ -187,7 +187,9 @@ def _own_words(code: str, details: str, address: str) -> str:
     if code == "UNAVAILABLE" and "unhealthy" in details:
         return f"The server at {address} says that it doesn't serve at this moment: it is starting or stopping."
     if code == "UNAVAILABLE":
-        return f"No server answers at {address}: it isn't running, is starting or stopping, or the network is in between."
+        return (
+            f"No server answers at {address}: it isn't running, is starting or stopping, or the network is in between."
+        )
     if code == "DEADLINE_EXCEEDED":
         return f"{address} did not answer in time. Allow more with timeout_s, or send less at once."
     if code == "CANCELLED":

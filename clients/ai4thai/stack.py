@@ -155,11 +155,14 @@ class Stack:
             if part.exit_code is not None:
                 raise PartEnded(part)
 
-    def stop(self, told: Callable[[str], None] = lambda name: None) -> None:
-        """Stops the processes one after the other, the last started first; each may drain for STOP_S."""
-        for part in reversed(self.parts):
-            if part.process is None or part.exit_code is not None:
-                continue
+    def stop(self, told: Callable[[str], None] = lambda name: None) -> list[Part]:
+        """Stops the processes one after the other, the last started first; each may drain for STOP_S.
+
+        Returns those that did not stop cleanly: killed because they took too long, or ended with another code than 0.
+        """
+        stopped = [part for part in reversed(self.parts) if part.process is not None and part.exit_code is None]
+        for part in stopped:
+            assert part.process is not None
             told(part.name)
             part.process.terminate()
             try:
@@ -167,6 +170,7 @@ class Stack:
             except subprocess.TimeoutExpired:
                 part.process.kill()
                 part.process.wait()
+        return [part for part in stopped if part.exit_code != 0]
 
     def kill(self) -> None:
         """Ends all processes at once, without draining."""
@@ -183,16 +187,6 @@ class Stack:
             for model in info["models"]
             if model["state"] == "MODEL_STATE_FAILED"
         }
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self.stop()
-        except BaseException:  # a second Ctrl-C
-            self.kill()
-            raise
 
     def _spawn(self, name: str, module: str) -> Part:
         log = self.log_dir / f"{name}.log"

@@ -113,7 +113,7 @@ def test_stream_of_a_folder(run: Run, image: Path, tmp_path: Path) -> None:
     result = run("stream", tmp_path)
 
     assert result.exit_code == 0, result.output
-    assert "1 images answered, 1 with an error" in result.stdout and "1 star" in result.stdout
+    assert "1 images answered, 1 with an error" in result.stdout and "images/s): star" in result.stdout
     assert "b.png" in result.stderr
     lines = lines_of(run("stream", tmp_path, "--json"))
     assert [line.get("image") for line in lines] == ["b.png", "scene.jpg", None]

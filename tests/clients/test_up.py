@@ -121,7 +121,7 @@ def test_ctrl_c_stops_everything_in_order(start: Start, tmp_path: Path) -> None:
 
     with nothing_left_of(up):
         up.process.send_signal(signal.SIGINT)
-        assert up.process.wait(60) == 0
+        assert up.process.wait(60) == 0, up.text
 
     assert "Stopped." in up.text and "Traceback" not in up.text
     # Each process has written its last line before the one it needs was told to stop.
@@ -134,7 +134,7 @@ def test_sigterm_does_the_same(start: Start) -> None:
     up.wait_for("Ctrl-C stops everything")
     with nothing_left_of(up):
         up.process.terminate()
-        assert up.process.wait(60) == 0
+        assert up.process.wait(60) == 0, up.text
 
 
 @pytest.mark.parametrize("victim", ["queue_server.worker", "vision_server"])

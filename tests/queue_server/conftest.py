@@ -16,9 +16,8 @@ from typing import Any
 import grpc
 import pytest
 import redis
-from ai4thai.queue.v1 import job_pb2, work_pb2
+from ai4thai.queue.v1 import job_pb2, queue_service_pb2_grpc, work_pb2
 from ai4thai.queue.v1 import queue_service_pb2 as pb
-from ai4thai.queue.v1 import queue_service_pb2_grpc
 
 from queue_server.broker import Broker
 from queue_server.service import NAME, QueueService
@@ -122,9 +121,11 @@ class Front:
     async def until(self, job_id: str, true: Callable[[job_pb2.Job], bool], timeout_s: float = 10) -> job_pb2.Job:
         """The job once something is true of it."""
         async with asyncio.timeout(timeout_s):
-            while not true(job := await self.get(job_id)):
+            while True:
+                job = await self.get(job_id)
+                if true(job):
+                    return job
                 await asyncio.sleep(0.02)
-        return job
 
 
 def detect(*images: bytes) -> work_pb2.Work:
@@ -164,7 +165,8 @@ def start_worker(redis_url: str, vision: FakeVision) -> Iterator[Callable[..., A
     workers: list[Worker] = []
 
     async def start(**changes: Any) -> Worker:
-        settings = worker_settings(redis_url, changes.pop("vision_address", vision.address), **changes)
+        url, address = changes.pop("redis_url", redis_url), changes.pop("vision_address", vision.address)
+        settings = worker_settings(url, address, **changes)
         worker = Worker(settings)
         workers.append(worker)
         await asyncio.to_thread(worker.start)

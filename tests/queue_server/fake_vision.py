@@ -8,6 +8,7 @@ An image's bytes say what happens to it:
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ class FakeVision(vision_service_pb2_grpc.VisionServiceServicer):
         self.cancelled_s: list[float] = []
         """time.monotonic() of each call that the caller cancelled."""
         self.prompts: list[pb.GenerateRequest] = []
+        self.request_ids: list[str] = []
         self.in_flight = self.most_in_flight = 0
         self._lock = threading.Lock()
         self._released = threading.Event()
@@ -70,13 +72,14 @@ class FakeVision(vision_service_pb2_grpc.VisionServiceServicer):
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def wait_for_calls(self, count: int, timeout_s: float = 10) -> None:
+    async def wait_for_calls(self, count: int, timeout_s: float = 10) -> None:
         until_s = time.monotonic() + timeout_s
         while len(self.calls) < count:
             assert time.monotonic() < until_s, f"{len(self.calls)} calls came, {count} were expected"
-            time.sleep(0.01)
+            await asyncio.sleep(0.01)
 
     def Detect(self, request: pb.DetectRequest, context: Any) -> pb.DetectResponse:
+        self.request_ids.append(dict(context.invocation_metadata()).get("x-request-id", ""))
         self._serve(request.image.content, context)
         return pb.DetectResponse(
             model=request.image.content.decode(),

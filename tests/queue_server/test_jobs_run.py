@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ai4thai.queue.v1 import work_pb2
 from ai4thai.queue.v1 import queue_service_pb2 as pb
+from ai4thai.queue.v1 import work_pb2
 from ai4thai.vision.v1 import generation_pb2
 from google.rpc import error_details_pb2
 
@@ -20,20 +20,28 @@ async def test_detect_job_answers_each_image_in_order(front: Front, start_worker
     # Then it has succeeded with an item for each, in order, and the broken one is its own item's error
     assert state(ended) == "SUCCEEDED"
     items = ended.result.detect.items
-    assert [item.WhichOneof("outcome") for item in items] == ["detection", "detection", "error", "detection", "detection"]
+    assert [item.WhichOneof("outcome") for item in items] == [
+        "detection",
+        "detection",
+        "error",
+        "detection",
+        "detection",
+    ]
     assert [item.detection.model for item in items] == ["ok 1", "ok 2", "", "ok 4", "ok 5"]
     info = error_details_pb2.ErrorInfo()
     assert items[2].error.details[0].Unpack(info)
     assert (info.reason, info.domain) == ("IMAGE_UNREADABLE", "vision.ai4thai")
     assert (ended.progress.completed_count, ended.progress.total_count) == (5, 5)
     assert ended.attempt_count == 1 and ended.attempts[0].worker and ended.attempts[0].HasField("end_time")
+    # And the vision server's log can name the job
+    assert set(vision.request_ids) == {f"{job.job_id}.1"}
     assert ended.end_time.ToMilliseconds() >= ended.start_time.ToMilliseconds() >= ended.create_time.ToMilliseconds()
 
 
 async def test_images_of_a_job_are_sent_a_few_at_a_time(front: Front, start_worker, vision) -> None:
     await start_worker(images_in_flight=3)
     job = await front.submit(*(f"slow {number}".encode() for number in range(6)))
-    vision.wait_for_calls(3)
+    await vision.wait_for_calls(3)
     vision.release()
     ended = await front.end(job.job_id)
     assert [item.detection.model for item in ended.result.detect.items] == [f"slow {number}" for number in range(6)]
@@ -80,7 +88,7 @@ async def test_an_image_stored_before_is_used_by_its_id(front: Front, start_work
 async def test_workers_and_their_jobs_are_listed(front: Front, start_worker, vision) -> None:
     worker = await start_worker(worker_threads=3)
     job = await front.submit(b"slow")
-    vision.wait_for_calls(1)
+    await vision.wait_for_calls(1)
     worker.beat()
     workers = (await front.stub.ListWorkers(pb.ListWorkersRequest())).workers
     assert [(one.worker, one.concurrency, list(one.job_ids)) for one in workers] == [(worker.name, 3, [job.job_id])]

@@ -103,7 +103,7 @@ async def test_a_connection_that_breaks_during_the_work_costs_an_attempt(front: 
     # Given a job at a vision server that dies of it
     await start_worker()
     job = await front.submit(b"slow", max_attempts=2)
-    vision.wait_for_calls(1)
+    await vision.wait_for_calls(1)
     port = vision.port
     vision.break_off()
     failed = await front.until(job.job_id, lambda job: job.attempts[0].HasField("end_time"))
@@ -112,7 +112,7 @@ async def test_a_connection_that_breaks_during_the_work_costs_an_attempt(front: 
     late.start(port)
     try:
         # Then the next breaks off too, and the job has used up its attempts
-        late.wait_for_calls(1)
+        await late.wait_for_calls(1)
         late.break_off()
         ended = await front.end(job.job_id)
     finally:
@@ -150,7 +150,7 @@ async def test_a_job_expires_when_its_deadline_passes_before_it_runs(front: Fron
 async def test_a_deadline_does_not_stop_a_job_that_runs(front: Front, start_worker, vision) -> None:
     await start_worker()
     job = await front.submit(b"slow", deadline=stamp(time.time() + 1))
-    vision.wait_for_calls(1)
+    await vision.wait_for_calls(1)
     await asyncio.sleep(1.2)
     vision.release()
     assert state(await front.end(job.job_id)) == "SUCCEEDED"
@@ -160,7 +160,7 @@ async def test_the_interactive_ones_go_first(front: Front, start_worker, vision)
     # Given one worker thread that is busy, and jobs of each priority, the least urgent first
     await start_worker(worker_threads=1, images_in_flight=1)
     busy = await front.submit(b"slow busy")
-    vision.wait_for_calls(1)
+    await vision.wait_for_calls(1)
     jobs = []
     for priority in (job_pb2.PRIORITY_BATCH, job_pb2.PRIORITY_UNSPECIFIED, job_pb2.PRIORITY_INTERACTIVE):
         for number in range(2):

@@ -8,7 +8,9 @@ import grpc
 import pytest
 from ai4thai.queue.v1 import queue_service_pb2 as pb
 
-from tests.queue_server.conftest import Front, queue_settings, serve, state
+from queue_server.jobs import JobState, Progress
+from queue_server.worker_store import Claim, Outcome, WorkerStore
+from tests.queue_server.conftest import Front, queue_settings, serve, state, worker_settings
 from tests.queue_server.test_submit import refusal
 
 
@@ -97,3 +99,24 @@ async def test_watchers_are_bounded_and_leave_when_their_caller_does(redis_url: 
                     await asyncio.sleep(0.05)
         with pytest.raises(asyncio.CancelledError):
             await calls[0].read()
+
+
+async def test_of_very_many_changes_the_last_thousand_are_kept(redis_url, front: Front, vision) -> None:
+    # Given a job with more changes than are kept
+    store = WorkerStore(worker_settings(redis_url, vision.address))
+    store.start()
+    job = await front.submit()
+    claim = store.claim(job.job_id, 1, "claim", "w", b"")
+    assert isinstance(claim, Claim)
+    for number in range(1, 1201):
+        assert store.renew(claim, Progress(number, 5000)) == "ok"
+    store.finish(claim, Outcome(JobState.SUCCEEDED, Progress(5000, 5000)))
+    store.stop()
+    # Then a watcher hears those, each as it was, the first of them whole
+    seen = await front.watch(job.job_id)
+    last = 2 + 1200 + 1
+    assert [one.revision for one in seen] == list(range(last - 999, last + 1))
+    assert seen[0].job.queue == "default" and seen[0].job.attempts[0].worker == "w"
+    assert seen[0].job.progress.completed_count == last - 999 - 2
+    assert [state(one.job) for one in seen] == ["RUNNING"] * 999 + ["SUCCEEDED"]
+    assert state(seen[-1].job) == "SUCCEEDED"

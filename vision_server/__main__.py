@@ -1,0 +1,23 @@
+"""Starts the vision server: `python -m vision_server`."""
+
+from __future__ import annotations
+
+import sys
+
+from serving.process import run
+from serving.settings import ServingSettings, describe
+from vision_server.network import set_environment
+from vision_server.service import VisionServer
+from vision_server.settings import VisionSettings
+
+
+def main() -> int:
+    """Serves until it is told to stop; returns the exit code."""
+    settings, serving = VisionSettings(), ServingSettings()
+    set_environment(settings.data_dir, offline=settings.offline)
+    shown = {**describe(settings), **describe(serving)}
+    return run(lambda: VisionServer(settings, serving.max_message_bytes), serving, settings.port, shown)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

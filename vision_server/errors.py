@@ -1,0 +1,207 @@
+"""The errors of the vision server.
+
+ServiceError
+├── InvalidField         a value out of range or missing
+├── ImageError
+│   ├── ImageEmpty       none sent, or zero bytes
+│   ├── ImageTooLarge    over the limit on bytes or pixels
+│   └── ImageUnreadable  no image, or a broken one
+├── ModelNotFound        no such name
+├── ModelLoading         not yet
+├── ModelFailed          could not be loaded
+├── WrongTask            a describer asked to detect, or the other way round
+├── QueueFull            too much waits
+├── DeadlinePassed       not worth computing any more
+├── Draining             the server is on its way out
+├── WrongOrder           messages of a stream
+├── PromptTooLong        does not fit into the model's context
+└── Fault                the server's own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serving.errors import Code, ServiceError
+
+
+class InvalidField(ServiceError):
+    """A field's value is out of range or missing."""
+
+    def __init__(self, field: str, problem: str, cure: str = "") -> None:
+        super().__init__(Code.INVALID_ARGUMENT, "INVALID_FIELD", f"{field} {problem}", cure=cure, field=field)
+
+
+class ImageError(ServiceError):
+    """Something is wrong with an image; `at(field)` says which."""
+
+    def __init__(
+        self, reason: str, message: str, *, cure: str, field: str = "image", metadata: dict[str, object] | None = None
+    ) -> None:
+        super().__init__(Code.INVALID_ARGUMENT, reason, message, cure=cure, field=field, metadata=metadata)
+
+    def at(self, field: str) -> ImageError:
+        """The same error about the image in `field`."""
+        self.field = field
+        return self
+
+
+class ImageEmpty(ImageError):
+    """No image was sent, or one of zero bytes."""
+
+    def __init__(self, field: str = "image") -> None:
+        super().__init__(
+            "IMAGE_EMPTY",
+            "There is no image, or it has zero bytes.",
+            cure="Send the bytes of an image file.",
+            field=field,
+        )
+
+
+class ImageTooLarge(ImageError):
+    """The image has more bytes or pixels than the server takes."""
+
+    def __init__(self, *, amount: int, limit: int, unit: str, setting: str) -> None:
+        super().__init__(
+            "IMAGE_TOO_LARGE",
+            f"The image has {amount:,} {unit}; the limit is {limit:,}.",
+            cure=f"Send a smaller one, or raise {setting} on the server.",
+            metadata={unit: amount, f"max_{unit}": limit},
+        )
+
+
+class ImageUnreadable(ImageError):
+    """The bytes are no image, or a broken one."""
+
+    def __init__(
+        self, problem: str, cure: str = "Send a whole JPEG, PNG, WebP, BMP, TIFF or GIF file.", field: str = "image"
+    ) -> None:
+        super().__init__("IMAGE_UNREADABLE", problem, cure=cure, field=field)
+
+
+class ModelNotFound(ServiceError):
+    """There is no model of this name."""
+
+    def __init__(self, name: str, there_are: Sequence[str], field: str = "model") -> None:
+        listed = ", ".join(there_are) or "none"
+        message = f"There is no model {name!r}." if name else "This server has no model for that."
+        super().__init__(
+            Code.NOT_FOUND,
+            "MODEL_NOT_FOUND",
+            message,
+            cure=f"There are: {listed}.",
+            metadata={"models": listed},
+            field=field,
+        )
+
+
+class ModelLoading(ServiceError):
+    """The model is still loading."""
+
+    def __init__(self, name: str, progress: float, retry_after_s: float) -> None:
+        super().__init__(
+            Code.UNAVAILABLE,
+            "MODEL_LOADING",
+            f"The model {name!r} is loading ({progress:.0%}).",
+            cure="Try again soon.",
+            metadata={"model": name, "load_progress": f"{progress:.2f}"},
+            retry_after_s=retry_after_s,
+        )
+
+
+class ModelFailed(ServiceError):
+    """The model could not be loaded."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(
+            Code.FAILED_PRECONDITION,
+            "MODEL_FAILED",
+            f"The model {name!r} could not be loaded: {why}",
+            cure="The server's operator can mend that and start it again.",
+            metadata={"model": name},
+        )
+
+
+class WrongTask(ServiceError):
+    """The model does another task."""
+
+    def __init__(self, name: str, does: str, asked: str, field: str) -> None:
+        super().__init__(
+            Code.INVALID_ARGUMENT,
+            "WRONG_TASK",
+            f"The model {name!r} can {does}, not {asked}.",
+            cure="ListModels tells which model does what.",
+            metadata={"model": name, "task": does},
+            field=field,
+        )
+
+
+class QueueFull(ServiceError):
+    """Too much waits already."""
+
+    def __init__(self, *, what: str, waiting: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            Code.RESOURCE_EXHAUSTED,
+            "QUEUE_FULL",
+            f"{waiting:,} {what} wait already; the limit is {limit:,}.",
+            cure="Try again later, or send fewer at once.",
+            metadata={"waiting": waiting, "limit": limit},
+            retry_after_s=retry_after_s,
+        )
+
+
+class DeadlinePassed(ServiceError):
+    """The caller's deadline passed before its turn came."""
+
+    def __init__(self, waited_ms: float) -> None:
+        super().__init__(
+            Code.DEADLINE_EXCEEDED,
+            "DEADLINE_EXCEEDED",
+            f"The deadline passed after {waited_ms:.0f} ms of waiting.",
+            cure="Allow more time, or send less at once.",
+        )
+
+
+class Draining(ServiceError):
+    """The server is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            Code.UNAVAILABLE,
+            "DRAINING",
+            "The server is shutting down.",
+            cure="Try again, on another server if there is one.",
+        )
+
+
+class WrongOrder(ServiceError):
+    """A stream's messages came in the wrong order."""
+
+    def __init__(self, message: str, cure: str) -> None:
+        super().__init__(Code.INVALID_ARGUMENT, "WRONG_ORDER", message, cure=cure, field="message")
+
+
+class PromptTooLong(ServiceError):
+    """The prompt does not fit into the model's context."""
+
+    def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
+        super().__init__(
+            Code.INVALID_ARGUMENT,
+            "PROMPT_TOO_LONG",
+            f"The prompt has {prompt_tokens:,} tokens; the model's context holds {context_tokens:,}.",
+            cure="Send fewer messages, shorter texts or fewer images.",
+            metadata={"prompt_tokens": prompt_tokens, "context_tokens": context_tokens},
+            field="messages",
+        )
+
+
+class Fault(ServiceError):
+    """A fault of the server itself; says nothing of its inside, the log does."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            Code.INTERNAL,
+            "INTERNAL",
+            f"{what} failed.",
+            cure="The server's log has the details under this call's x-request-id.",
+        )

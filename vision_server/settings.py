@@ -1,0 +1,113 @@
+"""What the operator can set about the vision server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def default_data_dir() -> Path:
+    """`ai4thai` in the user's data directory (XDG_DATA_HOME, `~/.local/share` where that is not set)."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "ai4thai"
+
+
+class VisionSettings(BaseSettings):
+    """Settings of the vision server; environment variables are named VISION_…, but for the two named in full."""
+
+    model_config = SettingsConfigDict(env_prefix="VISION_", extra="ignore", populate_by_name=True)
+
+    port: int = Field(
+        2001,
+        ge=0,
+        le=65535,
+        validation_alias=AliasChoices("VISION_SERVICE_PORT"),
+        description="VISION_SERVICE_PORT: the port for gRPC and HTTP. 0 takes a free one and logs it.",
+    )
+    data_dir: Path = Field(
+        default_factory=default_data_dir,
+        validation_alias=AliasChoices("AI4THAI_DATA_DIR"),
+        description="AI4THAI_DATA_DIR: where models and caches lie; models in its folder `models`.",
+    )
+
+    detector: str = Field(
+        "shapes-detector",
+        description="The detectors, separated by commas; the first answers requests that name none. `shapes-detector` is "
+        "shipped; other names are files or folders of the model directory, or Ultralytics models such as `yolo11s.pt`, "
+        "fetched into it unless VISION_OFFLINE. Empty: no detector.",
+    )
+    describer: str = Field(
+        "shapes-describer",
+        description="The describers, separated by commas; the first is the default. `shapes-describer` is shipped; other "
+        "names are folders of the model directory, or Hugging Face ids such as `llava-hf/llava-1.5-7b-hf`. Empty: none.",
+    )
+    quantization: Literal["auto", "none", "nf4", "int8"] = Field(
+        "auto",
+        description="How describers hold their weights (bitsandbytes). `auto`: nf4 on CUDA for describers that are not "
+        "shipped, none otherwise.",
+    )
+    offline: bool = Field(False, description="Never fetch a model; what is not on this machine fails to load.")
+    device: str = Field("auto", description="`auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:1`.")
+    detector_input_px: int = Field(
+        0, ge=0, le=4096, description="Side of the square images are fitted into. 0: what the model was trained at."
+    )
+
+    torch_threads: int = Field(
+        0, ge=0, description="Threads of one forward pass on the CPU. 0: one less than there are cores, at least one."
+    )
+    decode_threads: int = Field(0, ge=0, description="Threads that decode images. 0: as many as cores, at most 8.")
+
+    max_image_bytes: int = Field(20_000_000, ge=1, description="Bytes of one image file.")
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, description="Pixels of one image, read from its header before it is decoded."
+    )
+    max_queued_images: int = Field(
+        256, ge=1, description="Images being worked on or waiting, in the whole server; more get RESOURCE_EXHAUSTED."
+    )
+    max_queued_bytes: int = Field(
+        1 << 30, ge=1, description="Bytes that those images take, encoded and decoded; more get RESOURCE_EXHAUSTED."
+    )
+    max_batch: int = Field(8, ge=1, le=256, description="Images in one forward pass.")
+    max_delay_ms: float = Field(
+        2.0,
+        ge=0,
+        description="When a batch ends and few images wait, the next one gathers until its oldest image has waited this "
+        "long. An idle detector never waits. 0: it takes what is there.",
+    )
+    max_stream_in_flight: int = Field(16, ge=1, le=1024, description="Frames of one stream worked on at once.")
+
+    max_new_tokens: int = Field(1024, ge=1, description="Tokens of one generation.")
+    max_queued_generations: int = Field(
+        64, ge=1, description="Generations waiting for one describer; more get RESOURCE_EXHAUSTED."
+    )
+    max_running_generations: int = Field(8, ge=1, description="Generations that one describer runs side by side.")
+    max_images_per_request: int = Field(8, ge=1, description="Images in one conversation.")
+    max_text_bytes: int = Field(65_536, ge=1, description="Bytes of all texts in one conversation, UTF-8.")
+
+    @property
+    def model_dir(self) -> Path:
+        """The only folder that weights are loaded from, besides the shipped ones: a .pt file is a pickle and runs code."""
+        return self.data_dir / "models"
+
+    @property
+    def detectors(self) -> tuple[str, ...]:
+        """The detectors' names, the default first."""
+        return _names(self.detector)
+
+    @property
+    def describers(self) -> tuple[str, ...]:
+        """The describers' names, the default first."""
+        return _names(self.describer)
+
+    @property
+    def core_count(self) -> int:
+        """Cores that this process may use."""
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
