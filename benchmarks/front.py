@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -21,51 +22,57 @@ ROUNDS = 10
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a call cost."""
+
+    p50_ms: float
+    cpu_ms: float
+
+
+@dataclass(frozen=True)
 class FrontRow:
     """One message size."""
 
     size_bytes: int
-    bare_p50_ms: float
-    front_p50_ms: float
-    bare_cpu_ms: float
-    front_cpu_ms: float
+    bare: Cost
+    dressed: Cost
+    front: Cost
 
     @property
     def p50_ratio(self) -> float:
         """Front over bare."""
-        return self.front_p50_ms / self.bare_p50_ms
+        return self.front.p50_ms / self.bare.p50_ms
 
     @property
     def cpu_ratio(self) -> float:
         """Front over bare."""
-        return self.front_cpu_ms / self.bare_cpu_ms
+        return self.front.cpu_ms / self.bare.cpu_ms
 
 
 def measure_front() -> list[FrontRow]:
-    """Echoes messages one after another through both servers."""
-    rows = []
-    env = {"SERVING_LOG_LEVEL": "info"}
-    with Measured("benchmarks.bare_echo") as bare, Measured("tests.serving.echo_server", "0", env=env) as front:
-        for size_bytes, calls in SIZES_BYTES.items():
-            content = os.urandom(size_bytes)
-            latencies: dict[str, list[float]] = {"bare": [], "front": []}
-            cpu_s = {"bare": 0.0, "front": 0.0}
-            for _ in range(ROUNDS):
-                for name, server in (("bare", bare), ("front", front)):
-                    before_s = server.cpu_s()
-                    latencies[name] += _echo(server.address, content, calls)
-                    cpu_s[name] += server.cpu_s() - before_s
-            count = ROUNDS * calls
-            rows.append(
-                FrontRow(
-                    size_bytes,
-                    statistics.median(latencies["bare"]) * 1000,
-                    statistics.median(latencies["front"]) * 1000,
-                    cpu_s["bare"] / count * 1000,
-                    cpu_s["front"] / count * 1000,
-                )
-            )
-    return rows
+    """Echoes messages one after another through the three servers, in turn."""
+    with (
+        Measured("benchmarks.bare_echo") as bare,
+        Measured("benchmarks.bare_echo", "dressed") as dressed,
+        Measured("tests.serving.echo_server", "0") as front,
+    ):
+        servers = (bare, dressed, front)
+        return [FrontRow(size_bytes, *_costs(servers, size_bytes, calls)) for size_bytes, calls in SIZES_BYTES.items()]
+
+
+def _costs(servers: Sequence[Measured], size_bytes: int, calls: int) -> list[Cost]:
+    content = os.urandom(size_bytes)
+    latencies_s: list[list[float]] = [[] for _ in servers]
+    cpu_s = [0.0 for _ in servers]
+    for _ in range(ROUNDS):
+        for number, server in enumerate(servers):
+            before_s = server.cpu_s()
+            latencies_s[number] += _echo(server.address, content, calls)
+            cpu_s[number] += server.cpu_s() - before_s
+    return [
+        Cost(statistics.median(latencies) * 1000, cpu / (ROUNDS * calls) * 1000)
+        for latencies, cpu in zip(latencies_s, cpu_s, strict=True)
+    ]
 
 
 def _echo(address: str, content: bytes, calls: int) -> list[float]:
@@ -82,11 +89,3 @@ def _echo(address: str, content: bytes, calls: int) -> list[float]:
             detect(request)
             seconds.append(time.perf_counter() - began_s)
     return seconds
-
-
-if __name__ == "__main__":
-    for row in measure_front():
-        print(
-            f"{row.size_bytes:>9} B  p50 {row.bare_p50_ms:.3f} → {row.front_p50_ms:.3f} ms ({row.p50_ratio:.2f} ×)"
-            f"  CPU {row.bare_cpu_ms:.3f} → {row.front_cpu_ms:.3f} ms ({row.cpu_ratio:.2f} ×)"
-        )

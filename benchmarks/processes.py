@@ -18,18 +18,24 @@ ROOT = Path(__file__).resolve().parent.parent
 class Measured:
     """`python -m MODULE ARGUMENTS…` on a port of its own choice; a context manager that ends it."""
 
-    def __init__(self, module: str, *arguments: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, *arguments: str, env: Mapping[str, str] | None = None, ready: str = "listening"
+    ) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
         paths = os.pathsep.join([str(ROOT / "clients"), str(ROOT)])
         self._env = {**os.environ, "PYTHONPATH": paths, "SERVING_LOG_FORMAT": "json", **(env or {})}
+        self._ready = ready
         self.port = 0
+        self.url = ""
 
     def __enter__(self) -> Measured:
         self.started_s = time.perf_counter()
         self._log = (ROOT / "benchmarks" / f"server-{os.getpid()}-{id(self)}.log").open("w+")
         self._process = subprocess.Popen(self._command, cwd=ROOT, env=self._env, stdout=self._log, stderr=self._log)
         self._measured = psutil.Process(self._process.pid)
-        self.port = int(str(self.wait_for("listening")["port"]))
+        said = self.wait_for(self._ready)
+        self.live_s = time.perf_counter() - self.started_s
+        self.port, self.url = int(str(said.get("port", 0))), str(said.get("url", ""))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,14 +54,19 @@ class Measured:
         deadline_s = time.perf_counter() + timeout_s
         while time.perf_counter() < deadline_s:
             for line in Path(self._log.name).read_text().splitlines():
+                found: dict[str, object] = {}
                 if line.startswith("{"):
-                    found: dict[str, object] = json.loads(line)
-                    if found.get("event") == event and all(found.get(key) == value for key, value in fields.items()):
-                        return found
+                    found = json.loads(line)
+                elif line.startswith("redis://"):  # the broker's one word
+                    found = {"event": "ready", "url": line}
+                if found.get("event") == event and all(found.get(key) == value for key, value in fields.items()):
+                    return found
             if self._process.poll() is not None:
                 break
             time.sleep(0.02)
-        raise RuntimeError(f"{' '.join(self._command)} did not say {event!r}:\n{Path(self._log.name).read_text()[-3000:]}")
+        raise RuntimeError(
+            f"{' '.join(self._command)} did not say {event!r}:\n{Path(self._log.name).read_text()[-3000:]}"
+        )
 
     def cpu_s(self) -> float:
         """CPU seconds that the process has used so far."""
@@ -63,5 +74,6 @@ class Measured:
         return float(times.user + times.system)
 
     def rss_mb(self) -> float:
-        """Resident memory in MB (10⁶ bytes)."""
-        return float(self._measured.memory_info().rss) / 1e6
+        """Resident memory in MB (10⁶ bytes), that of its children included."""
+        family = [self._measured, *self._measured.children(recursive=True)]
+        return float(sum(process.memory_info().rss for process in family)) / 1e6

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -61,9 +62,10 @@ class Method:
         self.started = telemetry.CALLS_STARTED.labels(self.service, self.name)
         self.seconds = telemetry.CALL_SECONDS.labels(self.service, self.name)
 
-    def count_handled(self, code: str) -> None:
+    def count_handled(self, code: str, seconds: float) -> None:
         """Counts a call that has ended."""
         telemetry.CALLS_HANDLED.labels(self.service, self.name, code).inc()
+        self.seconds.observe(seconds)
 
 
 @dataclass(slots=True)
@@ -77,6 +79,7 @@ class Call:
     code: str = "OK"
     reason: str = ""
     message: str = ""
+    seconds: float = 0.0
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -136,24 +139,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _around(self, method: Method, context: Any) -> AsyncIterator[None]:
         metadata = dict(context.invocation_metadata() or ())
         call = Call(method, new_request_id(metadata.get(REQUEST_ID)), caller(context))
-        async with (
-            self._identified(call, context),
-            self._counted(call),
-            self._logged(call),
-            self._translated(call, context),
-        ):
-            if self._in_flight > self._max_concurrent_calls and not method.quiet:
-                raise ServiceError(
-                    Code.RESOURCE_EXHAUSTED,
-                    "QUEUE_FULL",
-                    f"{self._in_flight - 1} calls are being answered; the limit is {self._max_concurrent_calls}.",
-                    cure="Try again later, or raise SERVING_MAX_CONCURRENT_CALLS.",
-                    metadata={"limit": self._max_concurrent_calls},
-                )
-            yield
+        with self._identified(call, context), self._counted(call), self._logged(call):
+            async with self._translated(call, context):
+                self._check_room(method)
+                yield
 
-    @asynccontextmanager
-    async def _identified(self, call: Call, context: Any) -> AsyncIterator[None]:
+    def _check_room(self, method: Method) -> None:
+        if self._in_flight > self._max_concurrent_calls and not method.quiet:
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED,
+                "QUEUE_FULL",
+                f"{self._in_flight - 1} calls are being answered; the limit is {self._max_concurrent_calls}.",
+                cure="Try again later, or raise SERVING_MAX_CONCURRENT_CALLS.",
+                metadata={"limit": self._max_concurrent_calls},
+            )
+
+    @contextmanager
+    def _identified(self, call: Call, context: Any) -> Iterator[None]:
         token = request_id.set(call.request_id)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         try:
@@ -165,8 +167,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except ValueError:
                 request_id.set("")
 
-    @asynccontextmanager
-    async def _counted(self, call: Call) -> AsyncIterator[None]:
+    @contextmanager
+    def _counted(self, call: Call) -> Iterator[None]:
         call.method.started.inc()
         telemetry.CALLS_IN_FLIGHT.inc()
         self._in_flight += 1
@@ -175,26 +177,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             self._in_flight -= 1
             telemetry.CALLS_IN_FLIGHT.dec()
-            call.method.count_handled(call.code)
-            call.method.seconds.observe(time.perf_counter() - call.began_s)
+            call.seconds = time.perf_counter() - call.began_s
+            # After the answer is on its way: the caller need not wait for our bookkeeping.
+            asyncio.get_running_loop().call_soon(call.method.count_handled, call.code, call.seconds)
 
-    @asynccontextmanager
-    async def _logged(self, call: Call) -> AsyncIterator[None]:
+    @contextmanager
+    def _logged(self, call: Call) -> Iterator[None]:
         try:
             yield
         finally:
             if self._access_log:
-                log = _log.debug if call.method.quiet else _log.info
-                fields = {"reason": call.reason, "message": call.message} if call.reason else {}
-                log(
-                    "call ended",
-                    method=call.method.path,
-                    code=call.code,
-                    ms=round((time.perf_counter() - call.began_s) * 1000, 2),
-                    caller=call.caller,
-                    request_id=call.request_id,
-                    **fields,
-                )
+                call.seconds = time.perf_counter() - call.began_s
+                asyncio.get_running_loop().call_soon(_log_call, call)
 
     @asynccontextmanager
     async def _translated(self, call: Call, context: Any) -> AsyncIterator[None]:
@@ -224,3 +218,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 status.message,
                 ((_DETAILS, status.SerializeToString()), (REQUEST_ID, call.request_id)),
             )
+
+
+def _log_call(call: Call) -> None:
+    """The one line of a call, written after its answer."""
+    log = _log.debug if call.method.quiet else _log.info
+    fields = {"reason": call.reason, "message": call.message} if call.reason else {}
+    log(
+        "call ended",
+        method=call.method.path,
+        code=call.code,
+        ms=round(call.seconds * 1000, 2),
+        caller=call.caller,
+        request_id=call.request_id,
+        **fields,
+    )
