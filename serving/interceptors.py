@@ -170,13 +170,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @contextmanager
     def _counted(self, call: Call) -> Iterator[None]:
         call.method.started.inc()
-        telemetry.CALLS_IN_FLIGHT.inc()
-        self._in_flight += 1
+        # A balancer's or a client's health Watch lives as long as its connection: it is no work and takes nobody's place.
+        weight = 0 if call.method.quiet else 1
+        telemetry.CALLS_IN_FLIGHT.inc(weight)
+        self._in_flight += weight
         try:
             yield
         finally:
-            self._in_flight -= 1
-            telemetry.CALLS_IN_FLIGHT.dec()
+            self._in_flight -= weight
+            telemetry.CALLS_IN_FLIGHT.dec(weight)
             call.seconds = time.perf_counter() - call.began_s
             # After the answer is on its way: the caller need not wait for our bookkeeping.
             asyncio.get_running_loop().call_soon(call.method.count_handled, call.code, call.seconds)

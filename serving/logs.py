@@ -13,6 +13,10 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the call that the current task works for; every line logged meanwhile carries it."""
 
 
+# Without the frames' local variables: they hold callers' images and the operator's secrets.
+_TRACEBACKS = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
+
+
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """The logger of one part of the program; `name` comes out as the field `part`."""
     logger: structlog.stdlib.BoundLogger = structlog.get_logger(part=name)
@@ -30,7 +34,7 @@ def configure(level: str, form: str) -> None:
     if console:
         end: list[Any] = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
     else:
-        end = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        end = [_TRACEBACKS, structlog.processors.JSONRenderer(ensure_ascii=False)]
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[*shared, *end],

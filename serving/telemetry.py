@@ -30,7 +30,9 @@ CALL_SECONDS = Histogram(
     buckets=CALL_BUCKETS_S,
     registry=REGISTRY,
 )
-CALLS_IN_FLIGHT = Gauge("ai4thai_calls_in_flight", "Calls being answered.", registry=REGISTRY)
+CALLS_IN_FLIGHT = Gauge(
+    "ai4thai_calls_in_flight", "Calls being answered, health and reflection left out.", registry=REGISTRY
+)
 CONNECTIONS = Gauge("ai4thai_connections", "Open connections by protocol.", ["protocol"], registry=REGISTRY)
 CONNECTIONS_REFUSED = Counter(
     "ai4thai_connections_refused", "Connections closed unanswered, by reason.", ["reason"], registry=REGISTRY

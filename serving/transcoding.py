@@ -42,6 +42,8 @@ HTTP_STATUS = {
 TIMEOUT_HEADER = "x-server-timeout"
 """Seconds that the caller is willing to wait (the name is Google's)."""
 
+# Both alphabets of RFC 4648, as protobuf's JSON allows.
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]*={0,2}")
 NDJSON = "application/x-ndjson"
 _DETAILS = "grpc-status-details-bin"
 # Below this a body is parsed on the loop: a thread would cost more than it saves.
@@ -226,14 +228,15 @@ def _bindings(method: MethodDescriptor) -> Iterator[tuple[str, str, str]]:
 def _parse_json(content: bytes) -> dict[str, Any]:
     try:
         values = json.loads(content or b"{}")
-    except ValueError as error:
-        raise _unreadable(f"The body is no JSON: {error}.", "") from None
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(f"The body is no JSON that can be read: {error}.", "") from None
     if not isinstance(values, dict):
         raise _unreadable(f"The body is a JSON {type(values).__name__}, not an object.", "")
     return values
 
 
 def _fill(message: Message, values: dict[str, Any]) -> None:
+    _check_shape(message.DESCRIPTOR, values, "")
     try:
         json_format.ParseDict(values, message, max_recursion_depth=32)
     except json_format.ParseError as error:
@@ -249,6 +252,28 @@ def _fill(message: Message, values: dict[str, Any]) -> None:
         raise _unreadable(text, "body") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise _unreadable(f"The body does not fit {message.DESCRIPTOR.name}: {error}", "body") from None
+
+
+def _check_shape(descriptor: Any, values: dict[str, Any], path: str) -> None:
+    """Refuses what json_format would take and misread: letters that are no base64, and a list where an object belongs."""
+    for name, value in values.items():
+        field = descriptor.fields_by_name.get(name) or descriptor.fields_by_camelcase_name.get(name)
+        if field is None or value is None:
+            continue  # json_format names what is unknown
+        place = f"{path}{name}"
+        inner: Any = field.message_type
+        if inner is not None and (inner.full_name.startswith("google.protobuf.") or inner.GetOptions().map_entry):
+            continue
+        if inner is not None and isinstance(value, list) and not field.is_repeated:
+            raise _unreadable(f"{place} is a list, not an object.", place)
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            spot = f"{place}[{index}]" if isinstance(value, list) else place
+            if inner is not None and isinstance(item, dict):
+                _check_shape(inner, item, f"{spot}.")
+            elif field.type == FieldDescriptor.TYPE_BYTES and isinstance(item, str) and not _BASE64.fullmatch(item):
+                raise _unreadable(
+                    f"{spot} is no base64; send the bytes' base64 alone, without `data:…,` before it.", spot
+                )
 
 
 def _unreadable(text: str, field: str) -> ServiceError:

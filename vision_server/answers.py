@@ -66,6 +66,7 @@ class Answers:
         since_s = time.perf_counter()
         describer, generations = self._models.describer(model, "model")
         generations.check_room()
+        self._detections.check(detect_options, "detect_options")
         seen = await self._detections.detect(source, detect_options, deadline_s)
         asked = ground(question, [found.label for found in seen.answer.detections])
         conversation = [PicturedTurn(Role.USER, (seen.image, asked))]

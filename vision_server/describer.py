@@ -74,6 +74,9 @@ class Describer:
 
         torchvision_ops.install()
         from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # bars have no place between the lines of a log
 
         on_cuda = device.startswith("cuda")
         dtype = torch.float32

@@ -25,6 +25,10 @@ _TASKS = {
 }
 
 
+class UnreadableWeights(Exception):
+    """The file is there, but no model that can be served; the text says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class DetectItem:
     """What one caller gives to the batch; `class_ids` None: all."""
@@ -62,13 +66,18 @@ class Detector:
         on_cpu = self._device.type == "cpu"
         if on_cpu:
             torch.set_num_threads(self._torch_threads)
-        backend: Any = AutoBackend(str(self._path), device=self._device, fp16=not on_cpu, fuse=True, verbose=False)
+        try:
+            backend: Any = AutoBackend(str(self._path), device=self._device, fp16=not on_cpu, fuse=True, verbose=False)
+        except Exception as error:
+            raise UnreadableWeights(
+                f"{self._path.name} cannot be read as a YOLO model: {_first_words(error)}"
+            ) from error
         backend.eval()
         # A .pt file becomes a network in this process; exported engines keep theirs to themselves.
         network: Any = backend.model if isinstance(getattr(backend, "model", None), torch.nn.Module) else None
         task = str(getattr(network, "task", None) or getattr(backend, "task", None) or "detect")
         if task not in _TASKS:
-            raise ValueError(f"{self._path.name} is a model for {task!r}; served are {', '.join(_TASKS)}")
+            raise UnreadableWeights(f"{self._path.name} is a model for {task!r}; served are {', '.join(_TASKS)}")
         if network is not None and on_cpu:
             network.to(memory_format=torch.channels_last)
         self._backend = backend
@@ -140,3 +149,9 @@ class Detector:
         wanted_px = self._input_px or int(max(trained) if isinstance(trained, list | tuple) else trained)
         stride_px = int(getattr(self._backend, "stride", 32) or 32)
         return -(-wanted_px // stride_px) * stride_px
+
+
+def _first_words(error: Exception) -> str:
+    """The beginning of an error's text on one line: Ultralytics writes paragraphs with advice for another program."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 160 else f"{words[:160]}…"

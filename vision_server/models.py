@@ -15,7 +15,7 @@ from serving.logs import get_logger
 from vision_server import metrics
 from vision_server.batcher import Batcher
 from vision_server.describer import Describer
-from vision_server.detector import DetectItem, Detector
+from vision_server.detector import DetectItem, Detector, UnreadableWeights
 from vision_server.errors import ModelFailed, ModelLoading, ModelNotFound, WrongTask
 from vision_server.generations import Generations
 from vision_server.results import Card, Found, ModelInfo, ModelState, Task
@@ -89,7 +89,9 @@ class Models:
             health.report(f"model/{model.name}", False, "pending")
             metrics.QUEUE_DEPTH.labels(model.name).set_function(partial(getattr, model, "depth"))
             metrics.MODEL_READY.labels(model.name).set(0)
-        health.report("models", False, "loading")
+        health.report(
+            "models", False, f"loading: {', '.join(self._models)}" if self._models else "no model is configured"
+        )
         health.expose(READY_NAME, "models")
         self._loading = asyncio.create_task(self._load_all(health), name="load models")
 
@@ -174,7 +176,7 @@ class Models:
             try:
                 await self._load(model, health)
             except Exception as error:
-                known = isinstance(error, WeightsMissing)
+                known = isinstance(error, WeightsMissing | UnreadableWeights)
                 model.state = ModelState.FAILED
                 model.reason = str(error) if known else f"{type(error).__name__}: {error}"
                 _log.error("a model could not be loaded", model=model.name, reason=model.reason, exc_info=not known)

@@ -12,7 +12,7 @@ def echo() -> Iterator[ServerProcess]:
     """A server process that has nothing to do with images; see echo_server.py."""
     env = {
         "SERVING_FIRST_BYTES_SECONDS": "1.5",
-        "SERVING_HTTP_REQUEST_SECONDS": "1.5",
+        "SERVING_HTTP_REQUEST_SECONDS": "4",
         "SERVING_MAX_CONNECTIONS": "1200",
     }
     with ServerProcess("tests.serving.echo_server", "0", env=env) as server:

@@ -194,3 +194,27 @@ def test_metrics_count_the_calls(echo: ServerProcess) -> None:
     line = re.escape(f"grpc_server_handled_total{{{labels}}} ") + r"(\d+)"
     assert int(re.search(line, text)[1]) >= 1
     assert "process_resident_memory_bytes" in text
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ('{"image":' * 5000 + "1" + "}" * 5000, "body"),
+        ('{"image": {"content": "*?!"}}', "image.content"),
+        ('{"image": {"content": "data:image/jpeg;base64,aGVsbG8="}}', "image.content"),
+        ('{"options": []}', "options"),
+        ('{"image": []}', "image"),
+    ],
+)
+def test_json_that_would_be_misread_is_refused(echo: ServerProcess, body: str, field: str) -> None:
+    error = post(echo, "/v1/vision:detect", content=body).json()["error"]
+    assert error["status"] == "INVALID_ARGUMENT"
+    assert error["details"][1]["fieldViolations"][0]["field"] == field, error["message"]
+
+
+def test_health_watches_take_no_calls_place(echo: ServerProcess) -> None:
+    with grpc.insecure_channel(echo.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
+        next(watch)
+        assert "ai4thai_calls_in_flight 0.0" in httpx.get(f"http://{echo.address}/metrics").text
+        watch.cancel()

@@ -23,7 +23,7 @@ COLUMNS = ("shape", "colour", "centre", "place", "same", "total")
 # patch 0 the leftmost shape, patch 1 the next, and so on; after these one patch a label with how many there are.
 SLOTS = slice(0, MAX_SHAPES)
 TALLIES = slice(MAX_SHAPES, MAX_SHAPES + len(LABELS))
-SUMMARY_WEIGHT = 0.5
+SUMMARY_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
