@@ -1,6 +1,6 @@
-"""Gathers items of many callers into batches for one executor; knows nothing of images or models.
+"""Gathers items of many callers into batches for its executors; knows nothing of images or models.
 
-submit ─► waiting (bounded) ─► a batch, at once when the executor is idle ─► executor thread ─► each waiter's own outcome
+submit ─► waiting (bounded) ─► a batch, at once when an executor is idle ─► executor thread ─► each waiter's own outcome
                └─ a waiter that is cancelled or past its deadline leaves before the batch forms
 """
 
@@ -47,7 +47,7 @@ class _Waiter(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """One executor thread behind one bounded queue. Lives on one event loop; start() and stop() act.
+    """Executor threads behind one bounded queue. Lives on one event loop; start() and stop() act.
 
     `execute` takes items and answers as many outcomes in their order: a result, or the exception that is that item's own. When
     it raises as a whole, its items fail with Fault; those that wait are served after them.
@@ -61,6 +61,8 @@ class Batcher(Generic[Item, Result]):
         max_batch: int,
         max_delay_ms: float,
         max_queued: int,
+        executors: int = 1,
+        begin_thread: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self._execute = execute
@@ -69,7 +71,10 @@ class Batcher(Generic[Item, Result]):
         self._max_queued = max_queued
         self._waiting: deque[_Waiter[Item, Result]] = deque()
         self._came = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"executor {name}")
+        self._executors = executors
+        self._threads = ThreadPoolExecutor(executors, thread_name_prefix=f"executor {name}", initializer=begin_thread)
+        self._idle = asyncio.Semaphore(executors)
+        self._running: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
         self._seconds_per_item = 0.05  # a first guess, for the retry delay; learned from the batches
@@ -89,7 +94,7 @@ class Batcher(Generic[Item, Result]):
             waiter = self._waiting.popleft()
             if not waiter.future.done():
                 waiter.future.set_exception(Draining())
-        self._thread.shutdown(wait=False)
+        self._threads.shutdown(wait=False)
 
     @property
     def depth(self) -> int:
@@ -123,32 +128,46 @@ class Batcher(Generic[Item, Result]):
         return await waiter.future
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        was_busy = False
         while not self._stopped:
             if not self._waiting:
                 self._came.clear()
-                was_busy = False
                 await self._came.wait()
                 continue
-            if was_busy:
+            if self._idle.locked():
+                # Every executor is busy: what comes meanwhile joins the next batch.
+                await self._idle.acquire()
                 await self._gather()
+            else:
+                await self._idle.acquire()
             batch = self._take()
             if not batch:
+                self._idle.release()
                 continue
-            began_s = time.perf_counter()
-            try:
-                outcomes = await loop.run_in_executor(self._thread, self._execute, [waiter.item for waiter in batch])
-                if len(outcomes) != len(batch):
-                    raise RuntimeError(f"the executor answered {len(outcomes)} outcomes for {len(batch)} items")
-            except Exception:
-                _log.exception("a batch failed", model=self.name, batch_size=len(batch))
-                outcomes = [Fault(self.name) for _ in batch]
-            took_s = time.perf_counter() - began_s
-            self.busy_s += took_s
-            self._seconds_per_item += _LEARNING_RATE * (took_s / len(batch) - self._seconds_per_item)
-            self._answer(batch, outcomes, began_s)
-            was_busy = True
+            task = asyncio.create_task(self._run(batch))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        if self._running:
+            await asyncio.wait(self._running)
+
+    async def _run(self, batch: list[_Waiter[Item, Result]]) -> None:
+        began_s = time.perf_counter()
+        outcomes: Sequence[Result | Exception]
+        try:
+            work = asyncio.get_running_loop().run_in_executor(
+                self._threads, self._execute, [waiter.item for waiter in batch]
+            )
+            outcomes = await work
+            if len(outcomes) != len(batch):
+                raise RuntimeError(f"the executor answered {len(outcomes)} outcomes for {len(batch)} items")
+        except Exception:
+            _log.exception("a batch failed", model=self.name, batch_size=len(batch))
+            outcomes = [Fault(self.name) for _ in batch]
+        finally:
+            self._idle.release()
+        took_s = time.perf_counter() - began_s
+        self.busy_s += took_s / self._executors
+        self._seconds_per_item += _LEARNING_RATE * (took_s / len(batch) / self._executors - self._seconds_per_item)
+        self._answer(batch, outcomes, began_s)
 
     async def _gather(self) -> None:
         """After a batch, lets the next one fill until it is full or its oldest item has waited long enough."""

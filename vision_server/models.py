@@ -79,7 +79,7 @@ class Models:
                 self._models.setdefault(name, ServedModel(name, generates=generates, is_default=name == names[0]))
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._loading: asyncio.Task[None] | None = None
-        self._torch_threads = settings.torch_threads or max(1, settings.core_count - 1)
+        self._torch_threads = settings.torch_threads or 1
         self._last_busy = (time.perf_counter(), 0.0)
 
     def start(self, health: Health) -> None:
@@ -217,6 +217,8 @@ class Models:
             max_batch=settings.max_batch,
             max_delay_ms=settings.max_delay_ms,
             max_queued=settings.max_queued_images,
+            executors=settings.executors or (self._settings.core_count if self._device == "cpu" else 1),
+            begin_thread=partial(_set_torch_threads, self._torch_threads),
         )
         model.batcher.start()
 

@@ -56,8 +56,15 @@ class VisionSettings(BaseSettings):
         0, ge=0, le=4096, description="Side of the square images are fitted into. 0: what the model was trained at."
     )
 
+    executors: int = Field(
+        0,
+        ge=0,
+        description="Batches that a detector computes side by side. 0: on the CPU as many as there are cores, on a GPU one.",
+    )
     torch_threads: int = Field(
-        0, ge=0, description="Threads of one forward pass on the CPU. 0: one less than there are cores, at least one."
+        0,
+        ge=0,
+        description="Threads of one forward pass on the CPU. 0: one, since batches side by side use the cores better.",
     )
     decode_threads: int = Field(0, ge=0, description="Threads that decode images. 0: as many as cores, at most 8.")
 
