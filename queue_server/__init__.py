@@ -1,3 +1,3 @@
-"""The queue server: jobs accepted once, done once, their outcome kept for a while; and the workers that do them."""
+"""The queue server with its workers: jobs are accepted once, done once, their outcome kept for a while."""
 
 __version__ = "0.1.0"

@@ -1,29 +1,43 @@
 """What Dramatiq delivers: hints that a job may be begun, the interactive ones first.
 
-The message of a job is `run_<priority>(job_id, dispatch_no)` on the queue `<priority>`. Messages are never sent from here: the
-script that queues a job writes the message too, in Dramatiq's layout, so that neither exists without the other.
+A message is `run(job_id, dispatch_no)`. Messages are never sent from here: the script that queues a job writes the message too,
+in Dramatiq's layout, so that neither exists without the other. There is one list for each priority; a worker's one consumer
+asks them in order, and only for as many messages as the worker has idle threads. (With Dramatiq's own consumers, one for each
+queue, a worker holds messages of every priority ahead, and begins a batch job while an interactive one waits.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import dramatiq
+import redis
+from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.brokers.redis import RedisBroker
-from redis import Redis
+from dramatiq.common import compute_backoff
+from dramatiq.errors import ConnectionClosed
+from dramatiq.message import Message
 
 from queue_server.jobs import Priority
 from queue_server.keys import DRAMATIQ_NAMESPACE
 
-# The broker's memory of workers that vanished; jobs do not depend on it (their lease is shorter), messages fetched ahead do.
+QUEUE = "jobs"
+"""The one queue that Dramatiq knows of; its messages lie in the lists `{vq}:d:<priority>`."""
+
+# The broker's memory of workers that vanished; jobs do not depend on it (their lease tells), messages in hand do.
 HEARTBEAT_TIMEOUT_MS = 15_000
 # In a million fetches: how often messages of vanished workers are looked for. The default, 1000, takes minutes.
 MAINTENANCE_CHANCE = 100_000
 
 
 class HintBroker(RedisBroker):
-    """Dramatiq's Redis broker without delayed messages: delays and retries live in the job store, where a crash keeps them."""
+    """Dramatiq's Redis broker with one consumer for all priorities, and without delayed messages.
+
+    Delays and retries live in the job store, where a crash keeps them.
+    """
 
     def declare_queue(self, queue_name: str) -> None:
         """Declares the queue alone; Dramatiq would add a second one for delays, with a thread that polls it."""
@@ -32,8 +46,81 @@ class HintBroker(RedisBroker):
             self.queues.add(queue_name)
             self.emit_after("declare_queue", queue_name)
 
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> HintConsumer:
+        """The consumer of a worker; `timeout`: it asks at least this often, in milliseconds."""
+        return HintConsumer(self, prefetch, timeout)
 
-def build_broker(client: Redis) -> HintBroker:
+
+class HintConsumer(Consumer):
+    """Hands out messages while fewer than `prefetch` are in hand, those of the first priority that has some."""
+
+    def __init__(self, broker: HintBroker, prefetch: int, timeout_ms: int) -> None:
+        self._broker = broker
+        self._prefetch = prefetch
+        self._timeout_ms = timeout_ms
+        self._fetched: deque[bytes | None] = deque()
+        self._in_hand: set[str] = set()
+        self._freed = threading.Event()
+        self._misses = 0
+
+    def __next__(self) -> MessageProxy | None:
+        self._freed.clear()
+        room = self._prefetch - len(self._in_hand)
+        if not self._fetched and room > 0:
+            self._fetch(room)
+        while self._fetched:
+            data = self._fetched.popleft()
+            if data is not None:
+                self._misses = 0
+                message: Message[Any] = Message.decode(data)
+                self._in_hand.add(message.message_id)
+                return MessageProxy(message)
+        # Nothing there: ask ever less often. No room: wait for a thread to become idle.
+        wait_ms = self._timeout_ms
+        if room > 0:
+            self._misses, wait_ms = compute_backoff(self._misses, max_backoff=self._timeout_ms)
+        self._freed.wait(wait_ms / 1000)
+        return None
+
+    def ack(self, message: MessageProxy) -> None:
+        """The message has been dealt with."""
+        try:
+            self._ask("ack", _priority(message), message.options["redis_message_id"])
+        finally:
+            self._in_hand.discard(message.message_id)
+            self._freed.set()
+
+    # The actor never raises; a message that cannot be run at all (an unknown actor) is of no more use than one that was run.
+    nack = ack
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        """The worker stops; the messages that it has not begun go back."""
+        for message in messages:
+            self._ask("requeue", _priority(message), message.options["redis_message_id"])
+
+    def close(self) -> None:
+        """Gives back what was fetched and not handed out."""
+        waiting = [MessageProxy(Message.decode(data)) for data in self._fetched if data is not None]
+        self._fetched.clear()
+        self.requeue(waiting)
+
+    def _fetch(self, room: int) -> None:
+        for priority in Priority:
+            messages = self._ask("fetch", priority.value, room)
+            self._fetched.extend(messages)
+            room -= len(messages)
+            if room <= 0:
+                return
+
+    def _ask(self, command: str, priority: str, *arguments: object) -> Any:
+        try:
+            return getattr(self._broker, f"do_{command}")(priority, *arguments)
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            # Dramatiq begins anew with a fresh consumer after a while.
+            raise ConnectionClosed(error) from None  # type: ignore[no-untyped-call]
+
+
+def build_broker(client: redis.Redis) -> HintBroker:
     """A broker without middleware: time limits, retries, results are ours."""
     return HintBroker(  # type: ignore[no-untyped-call]
         client=client,
@@ -44,17 +131,12 @@ def build_broker(client: Redis) -> HintBroker:
     )
 
 
-def declare_actors(broker: HintBroker, run: Callable[[str, int], None]) -> None:
-    """One actor for each priority; `run` must never raise: Dramatiq would drop the message all the same."""
-    # A lower number goes first among the messages that a worker process holds.
-    for rank, priority in enumerate(Priority):
-        _declare(broker, run, priority, rank * 10)
-
-
-def _declare(broker: HintBroker, run: Callable[[str, int], None], priority: Priority, rank: int) -> Any:
-    def actor(job_id: str, dispatch_no: int) -> None:
-        run(job_id, dispatch_no)
-
+def declare_actor(broker: HintBroker, run: Callable[[str, int], None]) -> None:
+    """Has `run` called for each message; it must never raise: the message is done with all the same."""
     # A variable, because dramatiq's overloads leave out the form with both a function and options.
     declare: Any = dramatiq.actor
-    return declare(actor, actor_name=f"run_{priority.value}", queue_name=priority.value, priority=rank, broker=broker)
+    declare(run, actor_name="run", queue_name=QUEUE, broker=broker)
+
+
+def _priority(message: MessageProxy) -> str:
+    return str(message.options["priority"])

@@ -10,7 +10,7 @@ from enum import Enum
 
 from ai4thai.queue.v1 import work_pb2
 
-from queue_server import wire
+from queue_server import statuses
 from queue_server.errors import MediaNotFound, ResultTooLarge, StoreUnavailable
 from queue_server.jobs import Progress
 from queue_server.settings import WorkerSettings
@@ -99,7 +99,7 @@ class AttemptTask:
         """The bytes of an image; raises ItemError when they are no longer kept."""
         content = self._store.blob(source.media_id)
         if content is None:
-            raise ItemError(wire.write_status(MediaNotFound(media_id=source.media_id)))
+            raise ItemError(statuses.write_status(MediaNotFound(media_id=source.media_id)))
         return content
 
     def progress(self, completed_count: int, total_count: int, message: str = "") -> None:

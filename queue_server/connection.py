@@ -39,6 +39,9 @@ class Connection:
             max_connections=MAX_CONNECTIONS,
             timeout=self._timeout_s,
             socket_connect_timeout=self._timeout_s,
+            # `ask` bounds the time. redis-py would use asyncio.wait_for, which before Python 3.12 loses a cancellation that comes
+            # together with the answer: a task could not be stopped.
+            socket_timeout=None,
             # Redis may be restarted between two commands: the pooled connection is broken then, and a fresh one is tried once.
             # Every script may be run twice. A command that timed out is not repeated: the caller has waited long enough.
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
@@ -59,12 +62,12 @@ class Connection:
             raise RuntimeError("The connection has not been started.")
         return self._client
 
-    def open_blocking_client(self, wait_s: float) -> Any:
-        """A client of its own for one reader that blocks up to `wait_s` in Redis; the caller closes it."""
+    def open_blocking_client(self) -> Any:
+        """A client of its own for one reader that blocks in Redis; bounded by `ask` too; the caller closes it."""
         return Redis.from_url(
             self._url,
             socket_connect_timeout=self._timeout_s,
-            socket_timeout=wait_s + self._timeout_s,
+            socket_timeout=None,
             max_connections=1,
         )
 

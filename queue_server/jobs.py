@@ -122,6 +122,26 @@ class Job:
 
 
 @dataclass(frozen=True)
+class JobFilter:
+    """Which jobs a list has; everything that is set must hold."""
+
+    states: frozenset[JobState] = frozenset()
+    queue: str = ""
+    kind: str = ""
+    label: str = ""
+    """`key` or `key=value`."""
+
+    def takes(self, job: Job) -> bool:
+        """Whether the job belongs into the list."""
+        if self.states and job.state not in self.states:
+            return False
+        if (self.queue and job.queue != self.queue) or (self.kind and job.kind != self.kind):
+            return False
+        name, has_value, value = self.label.partition("=")
+        return not self.label or (name in job.labels and (not has_value or job.labels[name] == value))
+
+
+@dataclass(frozen=True)
 class Submission:
     """A job as it is asked for, checked. `work`: the contract's Work with every image replaced by its id."""
 

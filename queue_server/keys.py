@@ -6,6 +6,7 @@ scripts/record.lua builds the same names; tests/queue_server/test_layout.py comp
     {vq}:job:<id>            hash: the record            {vq}:job:<id>:ev      list: its changes, one JSON object each
     {vq}:job:<id>:work       the Work, serialised        {vq}:job:<id>:res     the JobResult, serialised
     {vq}:job:<id>:media      set: the images it needs, until it ends
+    {vq}:job:<id>:base       hash: what the changes that are no longer kept add up to, in jobs of very many changes
     {vq}:blob:<media_id>     an image                    {vq}:blob:<media_id>:jobs   set: the jobs that need it
     {vq}:idem:<request_id>   hash: job, fingerprint; 24 h
     {vq}:idx:all, :idx:state:<state>, :idx:queue:<queue>   zsets, score 0: ids in the order of their creation
@@ -48,6 +49,11 @@ def job(job_id: str) -> str:
 def changes(job_id: str) -> str:
     """The list of a job's changes."""
     return f"{TAG}:job:{job_id}:ev"
+
+
+def base(job_id: str) -> str:
+    """What the changes that are no longer kept add up to."""
+    return f"{TAG}:job:{job_id}:base"
 
 
 def work(job_id: str) -> str:

@@ -25,9 +25,10 @@ BORN = (
 
 @dataclass(frozen=True)
 class Kept:
-    """A record with the changes that are still kept of it, oldest first."""
+    """A record, what its changes that are no longer kept add up to, and those that are, oldest first."""
 
     fields: Fields
+    base: Fields
     changes: Sequence[Fields]
 
 
@@ -75,12 +76,8 @@ def read_job(fields: Fields) -> Job:
 
 
 def history(kept: Kept) -> list[Job]:
-    """The job after each change that is kept, oldest first.
-
-    Where the beginning is no longer kept (a job of very many changes), what only the lost changes said is taken from the record.
-    """
-    first = int(kept.changes[0]["rev"]) if kept.changes else 0
-    fields = dict(kept.fields) if first > 1 else {name: kept.fields[name] for name in BORN if name in kept.fields}
+    """The job after each change that is kept, oldest first."""
+    fields = {**{name: kept.fields[name] for name in BORN}, **kept.base}
     jobs = []
     for change in kept.changes:
         fields.update(change)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 from uuid import uuid4
 
-from queue_server import wire
+from queue_server import statuses
 from queue_server.attempts import RunningAttempt, RunningAttempts, Why
 from queue_server.circuit import Circuit
 from queue_server.errors import HandedBack, JobExpired, StoreUnavailable
@@ -65,7 +65,7 @@ class Runner:
             # Dramatiq forgets the message when we return: another worker gets a new one.
             self._store.redispatch(job_id, dispatch_no)
             return None
-        claim_id, expired = uuid4().hex, wire.write_error(JobExpired())
+        claim_id, expired = uuid4().hex, statuses.write_error(JobExpired())
         # The same claim_id each time: a claim whose answer was lost is answered again.
         claimed = self._insist(lambda: self._store.claim(job_id, dispatch_no, claim_id, self._worker, expired), job_id)
         if isinstance(claimed, Claim):
@@ -103,7 +103,8 @@ class Runner:
     def _work(self, running: RunningAttempt) -> Outcome | None:
         """The outcome of the attempt; None: it is no longer ours to record one."""
         try:
-            calls = self._vision.begin(running.is_stopped)
+            job = running.claim.job
+            calls = self._vision.begin(f"{job.job_id}.{job.attempt}", running.is_stopped)
             result = run_kind(running.task(calls, self._settings), running.claim.job.kind, running.claim.work)
             self._circuit.succeeded()
             return Outcome(JobState.SUCCEEDED, running.progress, result=result)
@@ -114,14 +115,14 @@ class Runner:
         except ItemError as error:
             failure = Failure("", str(error), error.status.SerializeToString(), retriable=False)
         except StoreUnavailable as error:
-            failure = Failure(error.reason, str(error), wire.write_error(error), retriable=True, free=True)
+            failure = Failure(error.reason, str(error), statuses.write_error(error), retriable=True, free=True)
         except ServiceError as error:
-            failure = Failure(error.reason, str(error), wire.write_error(error), retriable=False)
+            failure = Failure(error.reason, str(error), statuses.write_error(error), retriable=False)
         except Exception as error:
             if running.is_stopped():
                 return self._stopped(running)
             _log.exception("a fault of our own", job_id=running.claim.job_id)
-            failure = Failure("INTERNAL", str(error), wire.write_error(from_exception(error)), retriable=True)
+            failure = Failure("INTERNAL", str(error), statuses.write_error(from_exception(error)), retriable=True)
         return self._failed(running, failure)
 
     def _stopped(self, running: RunningAttempt) -> Outcome | None:
@@ -129,7 +130,7 @@ class Runner:
             return None
         if running.why is Why.CANCELLED:
             return Outcome(JobState.CANCELLED, running.progress)
-        error = wire.write_error(HandedBack(worker=self._worker))
+        error = statuses.write_error(HandedBack(worker=self._worker))
         return Outcome(JobState.QUEUED, running.progress, error=error, free=True)
 
     def _failed(self, running: RunningAttempt, failure: Failure) -> Outcome:
@@ -157,7 +158,9 @@ class Runner:
             verdict.state,
             running.progress,
             error=failure.status,
-            job_error=wire.write_exhausted(failure.status, spent=job.spent) if verdict.exhausted else failure.status,
+            job_error=statuses.write_exhausted(failure.status, spent=job.spent)
+            if verdict.exhausted
+            else failure.status,
             delay_s=verdict.delay_s,
             free=failure.free,
         )

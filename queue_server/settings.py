@@ -39,6 +39,16 @@ class StoreSettings(BaseSettings):
     )
 
     @property
+    def keep_ms(self) -> dict[str, int]:
+        """How long things are kept, in milliseconds, as the scripts want it."""
+        return {
+            "ended_ms": round(self.keep_ended_s * 1000),
+            "failed_ms": round(self.keep_failed_s * 1000),
+            "media_ms": round(self.keep_media_s * 1000),
+            "request_id_ms": round(self.keep_request_id_s * 1000),
+        }
+
+    @property
     def url(self) -> str:
         """Redis' URL, from REDIS_URL or REDIS_PORT."""
         return self.redis_url or f"redis://127.0.0.1:{self.redis_port}/0"
@@ -56,7 +66,7 @@ class QueueSettings(StoreSettings):
     )
     max_depth: int = Field(default=10_000, ge=1, description="Jobs that wait, QUEUED and SCHEDULED; more are refused.")
     max_queues: int = Field(default=100, ge=1, description="Different queue names; more are refused.")
-    max_image_bytes: int = Field(default=20 << 20, ge=1, description="Bytes of one image.")
+    max_image_bytes: int = Field(default=20_000_000, ge=1, description="Bytes of one image.")
     max_request_bytes: int = Field(default=60 << 20, ge=1, description="Bytes of one submission, images included.")
     max_memory_share: float = Field(
         default=0.9,

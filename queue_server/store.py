@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from queue_server.errors import (
     StoreUnavailable,
     WrongState,
 )
-from queue_server.jobs import Job, JobState, Submission
+from queue_server.jobs import Job, JobFilter, Submission
 from queue_server.records import Fields, Kept, read_change, read_fields, read_job
 from queue_server.settings import QueueSettings
 
@@ -30,26 +29,6 @@ MAX_SCANNED = 2000
 MIN_VERSION = (6, 2)
 # Records read in one round trip of a list.
 CHUNK = 100
-
-
-@dataclass(frozen=True)
-class JobFilter:
-    """Which jobs a list has; everything that is set must hold."""
-
-    states: frozenset[JobState] = frozenset()
-    queue: str = ""
-    kind: str = ""
-    label: str = ""
-    """`key` or `key=value`."""
-
-    def takes(self, job: Job) -> bool:
-        """Whether the job belongs into the list."""
-        if self.states and job.state not in self.states:
-            return False
-        if (self.queue and job.queue != self.queue) or (self.kind and job.kind != self.kind):
-            return False
-        name, has_value, value = self.label.partition("=")
-        return not self.label or (name in job.labels and (not has_value or job.labels[name] == value))
 
 
 @dataclass(frozen=True)
@@ -124,21 +103,21 @@ class Store:
     async def kept(self, job_id: str) -> Kept:
         """The record with its changes, read at one moment; raises JobNotFound."""
         pipeline = self._connection.client.pipeline(transaction=True)
-        pipeline.hgetall(keys.job(job_id)).lrange(keys.changes(job_id), 0, -1)
-        reply, changes = await self._connection.ask(pipeline.execute())
+        pipeline.hgetall(keys.job(job_id)).hgetall(keys.base(job_id)).lrange(keys.changes(job_id), 0, -1)
+        reply, base, changes = await self._connection.ask(pipeline.execute())
         if not reply:
             raise JobNotFound(job_id=job_id)
-        return Kept(read_fields(reply), [read_change(line) for line in changes])
+        return Kept(read_fields(reply), read_fields(base), [read_change(line) for line in changes])
 
     async def cancel(self, job_id: str) -> Job:
         """Cancels a job that waits, asks the worker of one that runs; one that has ended stays as it is. Raises JobNotFound."""
-        if await self._connection.run("cancel", {"job_id": job_id, "keep": self.keep}) == b"gone":
+        if await self._connection.run("cancel", {"job_id": job_id, "keep": self._settings.keep_ms}) == b"gone":
             raise JobNotFound(job_id=job_id)
         return await self.job(job_id)
 
     async def delete(self, job_id: str) -> None:
         """Forgets a job that has ended; raises JobNotFound, WrongState."""
-        word = await self._connection.run("delete", {"job_id": job_id, "keep": self.keep})
+        word = await self._connection.run("delete", {"job_id": job_id, "keep": self._settings.keep_ms})
         if word == b"gone":
             raise JobNotFound(job_id=job_id)
         if word != b"deleted":
@@ -174,20 +153,13 @@ class Store:
 
     async def sweep(self, script: str, **parameters: object) -> list[list[str]]:
         """Runs one of the sweeper's scripts; a list for each job that it moved."""
-        moved = await self._connection.run(script, {"limit": 200, "keep": self.keep, **parameters})
+        moved = await self._connection.run(script, {"limit": 200, "keep": self._settings.keep_ms, **parameters})
         return [[part.decode() for part in row] for row in moved]
-
-    @property
-    def keep(self) -> Mapping[str, int]:
-        """How long things are kept, in milliseconds, as the scripts want it."""
-        return keep_ms(self._settings.keep_ended_s, self._settings.keep_failed_s, self._settings.keep_media_s) | {
-            "request_id_ms": round(self._settings.keep_request_id_s * 1000)
-        }
 
     async def _store_blobs(self, submission: Submission) -> None:
         if not submission.blobs:
             return
-        first_ms = self.keep["media_ms"]
+        first_ms = self._settings.keep_ms["media_ms"]
         # Asks with a short answer first: a Redis that hangs is found out in time, and what is stored already is not sent again.
         missing = await self._connection.run("extend_blobs", {"media": list(submission.blobs), "first_ms": first_ms})
         for media_id in {name.decode() for name in missing}:
@@ -212,7 +184,7 @@ class Store:
             "media": submission.media_ids,
             "max_depth": self._settings.max_depth,
             "max_queues": self._settings.max_queues,
-            "keep": self.keep,
+            "keep": self._settings.keep_ms,
         }
 
     def _refusal(self, word: str, value: str, submission: Submission) -> Exception:
@@ -255,12 +227,3 @@ class Store:
         # A page of 500 records is parsed in pieces, so that other callers get their turn.
         await asyncio.sleep(0)
         return [read_fields(reply) for reply in replies]
-
-
-def keep_ms(ended_s: float, failed_s: float, media_s: float) -> dict[str, int]:
-    """How long things are kept, as the scripts that end jobs want it."""
-    return {
-        "ended_ms": round(ended_s * 1000),
-        "failed_ms": round(failed_s * 1000),
-        "media_ms": round(media_s * 1000),
-    }

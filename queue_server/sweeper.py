@@ -9,7 +9,7 @@ import asyncio
 import time
 from contextlib import suppress
 
-from queue_server import wire
+from queue_server import statuses
 from queue_server.errors import JobExpired, StoreUnavailable, WorkerLost
 from queue_server.jobs import KINDS, Priority
 from queue_server.metrics import JobMetrics
@@ -20,7 +20,7 @@ from queue_server.store import Store
 from serving.logs import get_logger
 
 # The gauges and the lost messages can wait for a few ticks.
-METRICS_S = 5.0
+METRICS_S = 2.0
 OVERDUE_EVERY_S = 5.0
 
 _log = get_logger("sweeper")
@@ -66,17 +66,17 @@ class Sweeper:
     async def sweep(self) -> None:
         """Does one round; raises StoreUnavailable."""
         for job_id, request_id in await self._store.sweep("sweep_due"):
-            _log.info("job QUEUED: its time has come", job_id=job_id, request_id=request_id)
-        expired = write_status(wire.write_error(JobExpired()))
+            _log.info("job QUEUED: its time has come", job_id=job_id, client_request_id=request_id)
+        expired = write_status(statuses.write_error(JobExpired()))
         for job_id, request_id in await self._store.sweep("sweep_expired", expired=expired):
-            _log.info("job EXPIRED", job_id=job_id, request_id=request_id)
+            _log.info("job EXPIRED", job_id=job_id, client_request_id=request_id)
         if time.monotonic() >= self._leases_from_s:
             await self._sweep_lost()
         if time.monotonic() >= self._overdue_from_s:
             self._overdue_from_s = time.monotonic() + min(OVERDUE_EVERY_S, self._settings.overdue_s)
             await self._sweep_overdue()
         for job_id, request_id in await self._store.sweep("sweep_forgotten"):
-            _log.info("job forgotten: its lifetime has passed", job_id=job_id, request_id=request_id)
+            _log.info("job forgotten: its lifetime has passed", job_id=job_id, client_request_id=request_id)
         if time.monotonic() >= self._metrics_from_s:
             self._metrics_from_s = time.monotonic() + METRICS_S
             self._metrics.update(await self._statistics.totals(KINDS), len(await self._statistics.workers()))
@@ -88,13 +88,13 @@ class Sweeper:
             unknown = False
             for job_id, request_id, state, worker in await self._store.sweep("sweep_lost", errors=errors):
                 if state == "UNKNOWN":
-                    errors[worker] = write_status(wire.write_error(WorkerLost(worker=worker)))
+                    errors[worker] = write_status(statuses.write_error(WorkerLost(worker=worker)))
                     unknown = True
                 else:
                     _log.warning(
                         f"job {state}: its worker stopped answering",
                         job_id=job_id,
-                        request_id=request_id,
+                        client_request_id=request_id,
                         worker=worker,
                     )
             if not unknown:
@@ -107,4 +107,4 @@ class Sweeper:
             overdue_ms=round(self._settings.overdue_s * 1000),
         )
         for job_id, request_id in moved:
-            _log.warning("job sent again: nobody had its message", job_id=job_id, request_id=request_id)
+            _log.warning("job sent again: nobody had its message", job_id=job_id, client_request_id=request_id)

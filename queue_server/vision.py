@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from queue_server import wire
+from queue_server import statuses
 from queue_server.errors import VisionUnreachable
 from queue_server.jobs import Failure
 from queue_server.work.task import Answer, ItemError, Stopped, VisionFailed
@@ -60,8 +60,8 @@ class Vision:
             self._channel.unsubscribe(self._on_connectivity)
             self._channel.close()
 
-    def begin(self, stopping: Callable[[], bool]) -> VisionCalls:
-        """The calls of one attempt, once the server can be reached.
+    def begin(self, request_id: str, stopping: Callable[[], bool]) -> VisionCalls:
+        """The calls of one attempt, once the server can be reached; its log names them by `request_id`.
 
         Raises:
             VisionFailed: it cannot; the attempt is free.
@@ -75,7 +75,9 @@ class Vision:
                 raise Stopped
             if time.monotonic() >= until_s:
                 raise VisionFailed(self._unreachable(f"no connection within {self._connect_s:g} s", free=True))
-        return VisionCalls(vision_service_pb2_grpc.VisionServiceStub(self._channel), self._call_s, self._unreachable)
+        return VisionCalls(
+            vision_service_pb2_grpc.VisionServiceStub(self._channel), request_id, self._call_s, self._unreachable
+        )
 
     def _on_connectivity(self, state: grpc.ChannelConnectivity) -> None:
         # An idle connection (the server said goodbye after a quiet time) is made again by the next call.
@@ -86,14 +88,15 @@ class Vision:
 
     def _unreachable(self, why: str, *, free: bool) -> Failure:
         error = VisionUnreachable(address=self._address, why=why)
-        return Failure(error.reason, str(error), wire.write_error(error), retriable=True, free=free)
+        return Failure(error.reason, str(error), statuses.write_error(error), retriable=True, free=free)
 
 
 class VisionCalls:
     """The calls of one attempt; `cancel` stops those that run and forbids more."""
 
-    def __init__(self, stub: Any, call_s: float, unreachable: Callable[..., Failure]) -> None:
+    def __init__(self, stub: Any, request_id: str, call_s: float, unreachable: Callable[..., Failure]) -> None:
         self._stub = stub
+        self._metadata = (("x-request-id", request_id),)
         self._call_s = call_s
         self._unreachable = unreachable
         self._lock = threading.Lock()
@@ -121,7 +124,7 @@ class VisionCalls:
         with self._lock:
             if self._cancelled:
                 raise Stopped
-            call = self._stub.Generate(request, timeout=self._call_s)
+            call = self._stub.Generate(request, timeout=self._call_s, metadata=self._metadata)
             self._running.add(call)
         pieces = 0
         try:
@@ -148,7 +151,7 @@ class VisionCalls:
         with self._lock:
             if self._cancelled:
                 raise Stopped
-            call = method(request, timeout=self._call_s)
+            call = method(request, timeout=self._call_s, metadata=self._metadata)
             self._running.add(call)
         return _Pending(call, self)
 

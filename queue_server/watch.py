@@ -107,7 +107,7 @@ class Watches:
             self._ring(job_id)
 
     async def _read_door(self) -> None:
-        client = self._connection.open_blocking_client(DOOR_BLOCK_S)
+        client = self._connection.open_blocking_client()
         position: bytes | str = "$"
         try:
             while True:

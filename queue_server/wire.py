@@ -10,16 +10,12 @@ from ai4thai.queue.v1 import job_pb2, queue_service_pb2, work_pb2
 from ai4thai.vision.v1 import generation_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.rpc import error_details_pb2
-from google.rpc.status_pb2 import Status
 
-from queue_server.errors import DOMAIN, InvalidField
-from queue_server.jobs import Attempt, Job, JobState, Priority, Submission
+from queue_server.errors import InvalidField
+from queue_server.jobs import Attempt, Job, JobFilter, JobState, Priority, Submission
 from queue_server.settings import QueueSettings
 from queue_server.statistics import QueueCounts, WorkerRecord
-from queue_server.store import JobFilter
-from serving.errors import ServiceError, not_served_yet
-from serving.status import to_status
+from serving.errors import not_served_yet
 
 MAX_REQUEST_ID = 128
 MAX_LABELS = 32
@@ -327,27 +323,6 @@ def write_worker(worker: WorkerRecord) -> queue_service_pb2.Worker:
         seen_time=_time(worker.seen_ms),
         ended_count=worker.ended_count,
     )
-
-
-def write_error(error: ServiceError) -> bytes:
-    """An error as the serialised Status that a record keeps."""
-    return bytes(to_status(error, DOMAIN).SerializeToString())
-
-
-def write_status(error: ServiceError) -> Status:
-    """An error as the Status of one item of a result."""
-    return to_status(error, DOMAIN)
-
-
-def write_exhausted(last: bytes, *, spent: int) -> bytes:
-    """The Status of a job whose every attempt failed: the last attempt's, its details behind an ErrorInfo that says so."""
-    status = Status.FromString(last)
-    info = error_details_pb2.ErrorInfo(reason="ATTEMPTS_EXHAUSTED", domain=DOMAIN, metadata={"attempts": str(spent)})
-    details = [detail for detail in status.details if not detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
-    exhausted = Status(code=status.code, message=status.message)
-    exhausted.details.add().Pack(info)
-    exhausted.details.extend(details)
-    return bytes(exhausted.SerializeToString())
 
 
 def _write_attempt(attempt: Attempt) -> job_pb2.JobAttempt:

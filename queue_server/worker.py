@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dramatiq.worker import Worker as DramatiqWorker
 
 from queue_server import __version__
-from queue_server.actors import build_broker, declare_actors
+from queue_server.actors import build_broker, declare_actor
 from queue_server.attempts import RunningAttempts
 from queue_server.errors import StoreUnavailable
 from queue_server.runner import Runner
@@ -61,7 +61,7 @@ class Worker:
         self._vision.start()
         self._attempts.start()
         broker = build_broker(self._store.client)
-        declare_actors(broker, self._runner.run)
+        declare_actor(broker, self._runner.run)
         self._dramatiq = DramatiqWorker(broker, worker_timeout=POLL_MS, worker_threads=self._settings.worker_threads)
         # No more messages in hand than jobs that can be run: the rest stay in the list, for workers that are free.
         self._dramatiq.queue_prefetch = self._settings.worker_threads

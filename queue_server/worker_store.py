@@ -17,7 +17,6 @@ from queue_server.connection import translated
 from queue_server.jobs import NO_PROGRESS, Job, JobState, Progress
 from queue_server.records import read_fields, read_job, write_status
 from queue_server.settings import WorkerSettings
-from queue_server.store import keep_ms
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class WorkerStore:
         self._settings = settings
         self._client: redis.Redis | None = None
         self._scripts: dict[str, Script] = {}
-        self._keep = keep_ms(settings.keep_ended_s, settings.keep_failed_s, settings.keep_media_s)
+        self._keep = settings.keep_ms
         self._lease_ms = round(settings.lease_s * 1000)
 
     def start(self) -> None:

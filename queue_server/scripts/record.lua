@@ -51,7 +51,12 @@ local function change(id, fields)
   local revision = redis.call('HINCRBY', record, 'rev', 1)
   fields.rev = int(revision)
   redis.call('RPUSH', changes, cjson.encode(fields))
-  if revision > HISTORY then redis.call('LTRIM', changes, -HISTORY, -1) end
+  if revision > HISTORY then
+    -- The oldest change goes into the base that the others are told from.
+    for name, value in pairs(cjson.decode(redis.call('LPOP', changes))) do
+      redis.call('HSET', record .. ':base', name, value)
+    end
+  end
   redis.call('XADD', key('door'), 'MAXLEN', '~', '4096', '*', 'j', id)
 end
 
@@ -77,11 +82,11 @@ local function dispatch(id, queue, priority, since)
   local sent = since or now
   redis.call('HSET', key('job', id), 'sent_ms', int(sent))
   redis.call('HSET', list .. '.msgs', message, cjson.encode({
-    queue_name = priority,
-    actor_name = 'run_' .. priority,
+    queue_name = 'jobs',
+    actor_name = 'run',
     args = {id, number},
     kwargs = {},
-    options = {redis_message_id = message},
+    options = {redis_message_id = message, priority = priority},
     message_id = message,
     message_timestamp = now,
   }))
@@ -158,5 +163,6 @@ local function forget(id, record)
     local idem = key('idem', record.request_id)
     if redis.call('HGET', idem, 'job') == id then redis.call('DEL', idem) end
   end
-  redis.call('DEL', key('job', id), key('job', id, 'ev'), key('job', id, 'work'), key('job', id, 'res'))
+  redis.call('DEL', key('job', id), key('job', id, 'ev'), key('job', id, 'work'), key('job', id, 'res'),
+    key('job', id, 'base'))
 end

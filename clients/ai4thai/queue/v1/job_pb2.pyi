@@ -155,9 +155,11 @@ class Job(_message.Message):
     priority: Global___Priority.ValueType
     """How soon it is wanted."""
     attempt_count: _builtins.int
-    """Attempts begun."""
+    """Attempts begun, those that do not count included; may exceed max_attempts."""
     max_attempts: _builtins.int
-    """Attempts allowed."""
+    """Attempts allowed. One does not count when the vision server said "later" (loading, full) or could not be reached before the work
+    began, or when a worker that was told to stop handed the job back.
+    """
     revision: _builtins.int
     """Grows by one with every change, from 1."""
     cancel_requested: _builtins.bool
@@ -172,7 +174,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobAttempt]:
-        """The attempts, oldest first."""
+        """The attempts, oldest first; of many the last 20."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
