@@ -30,7 +30,7 @@ SETTINGS = [(threads, batch, ahead) for threads in (1, 2) for batch in (1, 4, 8)
 def main() -> None:
     """Tries each setting for some seconds."""
     seconds = float(sys.argv[1])
-    set_environment(Path(sys.argv[2]), offline=True)
+    set_environment(Path(sys.argv[2]), fetch_describer=False)
     cv2.setNumThreads(1)
     detector = Detector(SHIPPED[SHIPPED_DETECTOR], "cpu", input_px=0, torch_threads=1)
     detector.load()

@@ -9,12 +9,14 @@ from serving.settings import ServingSettings, describe
 from vision_server.network import set_environment
 from vision_server.service import VisionServer
 from vision_server.settings import VisionSettings
+from vision_server.weights import is_local_describer
 
 
 def main() -> int:
     """Serves until it is told to stop; returns the exit code."""
     settings, serving = VisionSettings(), ServingSettings()
-    set_environment(settings.data_dir, offline=settings.offline)
+    local = all(is_local_describer(name, settings.model_dir) for name in settings.describers)
+    set_environment(settings.data_dir, fetch_describer=not (settings.offline or local))
     shown = {**describe(settings), **describe(serving)}
     return run(lambda: VisionServer(settings, serving.max_message_bytes), serving, settings.port, shown)
 

@@ -6,27 +6,36 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 from vision_server.errors import QueueFull
 
 
+class GivenBack(Exception):
+    """The place belongs to nobody any more; ends the work of a thread whose caller has left, and is seen by no one."""
+
+
 class Place:
-    """The room that one image takes; give it back with `with`. May be resized from any thread."""
+    """The room that one image takes; give it back with `with`. May grow from any thread."""
 
     def __init__(self, admission: Admission, size_bytes: int) -> None:
         self._admission = admission
         self._size_bytes = size_bytes
+        # A caller may leave while a thread is about to decode for it: what has been given back must not grow again.
+        self._lock = threading.Lock()
+        self._given_back = False
 
     def grow(self, more_bytes: int) -> None:
-        """Takes more room (the pixels, once the header tells how many); raises QueueFull when there is none."""
-        self._admission._take(0, more_bytes)
-        self._size_bytes += more_bytes
+        """Takes more room (the pixels, once the header tells how many).
 
-    def shrink_to(self, size_bytes: int) -> None:
-        """Gives back what is above `size_bytes`."""
-        self._admission._give(0, max(0, self._size_bytes - size_bytes))
-        self._size_bytes = min(self._size_bytes, size_bytes)
+        Raises QueueFull when there is none, GivenBack when the caller has left: there is nobody to decode for.
+        """
+        with self._lock:
+            if self._given_back:
+                raise GivenBack
+            self._admission._take(0, more_bytes)
+            self._size_bytes += more_bytes
 
     def __enter__(self) -> Place:
         return self
@@ -34,6 +43,8 @@ class Place:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with self._lock:
+            self._given_back = True
         self._admission._leave(self._size_bytes)
 
 
@@ -70,18 +81,32 @@ class Admission:
 
     async def enter_when_free(self, size_bytes: int) -> Place:
         """A place for an image, waiting for one if need be."""
+        turn: asyncio.Future[None] | None = None
         while True:
             try:
-                return self.enter(size_bytes)
+                place = self.enter(size_bytes)
             except QueueFull:
-                turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                self._waiting.append(turn)
-                try:
-                    await turn
-                except asyncio.CancelledError:
-                    # Woken and cancelled at once: the next in line must not sleep through the free place.
-                    self._wake()
-                    raise
+                # One that was woken and still does not fit keeps its turn; a new one goes to the end of the line.
+                queue = self._waiting.append if turn is None else self._waiting.appendleft
+                turn = asyncio.get_running_loop().create_future()
+                queue(turn)
+                await self._turn(turn)
+            else:
+                if turn is not None:
+                    self._wake()  # a large image may have made room for several
+                return place
+
+    async def _turn(self, turn: asyncio.Future[None]) -> None:
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                with suppress(ValueError):
+                    self._waiting.remove(turn)
+            else:
+                # Woken and cancelled at once: the next in line must not sleep through the free place.
+                self._wake()
+            raise
 
     def _take(self, images: int, size_bytes: int) -> None:
         with self._lock:

@@ -139,7 +139,7 @@ class Batcher(Generic[Item, Result]):
                 await self._gather()
             else:
                 await self._idle.acquire()
-            batch = self._take()
+            batch = [] if self._stopped else self._take()
             if not batch:
                 self._idle.release()
                 continue

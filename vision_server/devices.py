@@ -13,6 +13,8 @@ from vision_server.results import DeviceInfo
 
 T = TypeVar("T")
 
+_MOMENT_S = 0.1
+
 
 def read_devices(busy_ratio: float) -> tuple[DeviceInfo, ...]:
     """Every device now; `busy_ratio` is the executors' own, 0 to 1. May take some milliseconds: off the loop."""
@@ -73,7 +75,8 @@ def _cpu(busy_ratio: float) -> DeviceInfo:
         mig_profile="",
         memory_used_bytes=int(memory.total - memory.available),
         memory_total_bytes=int(memory.total),
-        utilization=min(1.0, psutil.cpu_percent() / 100),
+        # Over a moment of its own: without one, psutil answers a false 0 the first time it is asked.
+        utilization=min(1.0, psutil.cpu_percent(interval=_MOMENT_S) / 100),
         busy_ratio=busy_ratio,
     )
 

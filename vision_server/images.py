@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
 
 from serving.errors import ServiceError
-from vision_server.admission import Place
+from vision_server.admission import GivenBack, Place
 from vision_server.errors import ImageEmpty, ImageError, ImageTooLarge, ImageUnreadable
 from vision_server.requests import EncodedImage, ImageSource, RawPixels
 
@@ -128,7 +128,7 @@ class Images:
                     rgb = _decode_jpeg(source.content, scan_offset=file.tell())
                 else:
                     rgb = _decode_with_pillow(header)
-        except ServiceError:
+        except (ServiceError, GivenBack):
             raise
         except UnidentifiedImageError:
             raise ImageUnreadable("The bytes are no image in a format that is known here.") from None

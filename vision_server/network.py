@@ -6,18 +6,23 @@ import os
 from pathlib import Path
 
 
-def set_environment(data_dir: Path, *, offline: bool) -> None:
-    """Sets the variables that those packages read at import; to be called before any of them is imported."""
+def set_environment(data_dir: Path, *, fetch_describer: bool) -> None:
+    """Sets the variables that those packages read at import; to be called before any of them is imported.
+
+    `fetch_describer`: a describer is to come from the Hugging Face hub. Fetching a detector needs no such leave: that is a call
+    of our own, which YOLO_OFFLINE does not stop.
+    """
     caches = data_dir / "cache"
     caches.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("YOLO_CONFIG_DIR", str(caches))
     os.environ.setdefault("MPLCONFIGDIR", str(caches))
-    # Ultralytics would install packages, send telemetry and look for updates.
+    # Ultralytics would look up public names to find out whether it is online, install packages, send telemetry, look for updates.
+    os.environ["YOLO_OFFLINE"] = "true"
     os.environ["YOLO_AUTOINSTALL"] = "false"
     os.environ["YOLO_VERBOSE"] = "false"
-    if offline:
-        os.environ["YOLO_OFFLINE"] = "true"
+    if not fetch_describer:
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,114 @@
+"""The models' life, as health and /info tell it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.errors import Code, ServiceError
+from serving.health import Health
+from vision_server.models import READY_NAME, Models
+from vision_server.results import ModelInfo, ModelState
+from vision_server.settings import VisionSettings
+
+
+def settings(data_dir: Path, **changed: Any) -> VisionSettings:
+    return VisionSettings(data_dir=data_dir, device="cpu", torch_threads=1, **changed)
+
+
+@asynccontextmanager
+async def serving(chosen: VisionSettings) -> AsyncIterator[tuple[Models, Health]]:
+    models, health = Models(chosen), Health()
+    models.start(health)
+    try:
+        yield models, health
+    finally:
+        await models.stop()
+
+
+async def settled(models: Models) -> dict[str, ModelInfo]:
+    async with asyncio.timeout(100):
+        # ASYNC110: Models offers no event to wait for; callers look at /info or watch health.
+        while any(info.state not in (ModelState.READY, ModelState.FAILED) for info in models.infos):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+    return {info.name: info for info in models.infos}
+
+
+def refusal(ask: Any, *arguments: str) -> ServiceError:
+    with pytest.raises(ServiceError) as refused:
+        ask(*arguments)
+    return refused.value
+
+
+async def test_a_model_that_cannot_be_loaded_says_why_and_the_others_serve(data_dir: Path, tmp_path: Path) -> None:
+    # given: garbage with a model's name, and a name that is nowhere
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "broken.pt").write_bytes(b"this is no model")
+    chosen = settings(tmp_path, detector="broken.pt, shapes-detector, nowhere.xyz", describer="", offline=True)
+    async with serving(chosen) as (models, health):
+        # then: at first nothing is ready, and asking is answered at once
+        assert health.serving(READY_NAME) is False
+        loading = refusal(models.detector, "shapes-detector", "options.model")
+        assert (loading.code, loading.reason) == (Code.UNAVAILABLE, "MODEL_LOADING")
+        assert loading.retry_after_s
+        # when: all have settled
+        infos = await settled(models)
+        # then
+        assert infos["broken.pt"].state is infos["nowhere.xyz"].state is ModelState.FAILED
+        assert "nowhere.xyz" in infos["nowhere.xyz"].state_reason
+        assert infos["broken.pt"].state_reason
+        assert infos["shapes-detector"].state is ModelState.READY
+        assert infos["shapes-detector"].load_progress == 1.0
+        assert health.serving(READY_NAME) is True
+        assert health.serving("model/shapes-detector") is True
+        assert health.serving("model/broken.pt") is False
+        assert health.why_not("model/nowhere.xyz") == [f"model/nowhere.xyz: {infos['nowhere.xyz'].state_reason}"]
+        failed = refusal(models.detector, "broken.pt", "options.model")
+        assert (failed.code, failed.reason) == (Code.FAILED_PRECONDITION, "MODEL_FAILED")
+        assert infos["broken.pt"].state_reason in str(failed)
+        unknown = refusal(models.detector, "yolo", "options.model")
+        assert (unknown.code, unknown.reason, unknown.field) == (Code.NOT_FOUND, "MODEL_NOT_FOUND", "options.model")
+        assert "shapes-detector" in str(unknown)
+        wrong = refusal(models.describer, "shapes-detector", "model")
+        assert (wrong.code, wrong.reason) == (Code.INVALID_ARGUMENT, "WRONG_TASK")
+        assert models.ready is False
+
+
+async def test_nothing_that_loads_is_not_ready_and_the_process_lives(data_dir: Path, tmp_path: Path) -> None:
+    chosen = settings(tmp_path, detector="nowhere.xyz", describer="", offline=True)
+    async with serving(chosen) as (models, health):
+        await settled(models)
+        assert health.serving(READY_NAME) is False
+        assert health.serving("") is True
+        assert "nowhere.xyz" in " ".join(health.why_not(READY_NAME))
+
+
+async def test_the_states_come_in_order_and_progress_grows(data_dir: Path, tmp_path: Path) -> None:
+    async with serving(settings(tmp_path, describer="")) as (models, _):
+        states: list[ModelState] = []
+        progress: list[float] = []
+        async with asyncio.timeout(60):
+            while not states or states[-1] is not ModelState.READY:
+                [info] = models.infos
+                if not states or states[-1] is not info.state:
+                    states.append(info.state)
+                    progress.append(info.load_progress)
+                await asyncio.sleep(0)
+    every = [ModelState.PENDING, ModelState.LOADING, ModelState.WARMING_UP, ModelState.READY]
+    assert states == [state for state in every if state in states]
+    assert progress == sorted(progress)
+
+
+async def test_an_empty_name_takes_the_default_and_none_configured_is_not_found(data_dir: Path, tmp_path: Path) -> None:
+    async with serving(settings(tmp_path, describer="")) as (models, _):
+        await settled(models)
+        model, _, _ = models.detector("", "options.model")
+        assert model.name == "shapes-detector" and model.info.is_default
+        none = refusal(models.describer, "", "model")
+        assert none.code is Code.NOT_FOUND
