@@ -30,6 +30,8 @@ class _Commands(TyperGroup):
         except FileNotFoundError as error:
             print_error(f"There is no file {error.filename}." if error.filename else error)
             raise typer.Exit(1) from None
+        except BrokenPipeError:  # the reader, such as head, has seen enough; typer ends quietly
+            raise
         except (OSError, ValueError) as error:
             print_error(error)
             raise typer.Exit(1) from None

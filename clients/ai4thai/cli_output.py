@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any, Final
 
@@ -50,6 +50,14 @@ def print_json(value: object) -> None:
     sys.stdout.flush()
 
 
+def plain_table(*columns: str) -> Table:
+    """A table without lines, narrow enough for 80 columns; of its columns only the last one breaks its lines."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=column != columns[-1])
+    return table
+
+
 def as_json(value: object) -> Any:
     """A result as JSON knows it: pictures left out, errors as code, reason and message, times in ISO 8601."""
     if isinstance(value, AI4ThaiError):
@@ -71,14 +79,11 @@ def as_json(value: object) -> Any:
 def print_detection(name: str, result: DetectResult) -> None:
     """The objects of one image as a table."""
     notes = f"{result.width_px} x {result.height_px} px · {result.timings.total_ms:.0f} ms · {result.model}"
-    title = f"{escape(name)}  [dim]{notes}[/]"
+    out.print(f"[bold]{escape(name)}[/]  [dim]{escape(notes)}[/]", soft_wrap=True)
     if not result.detections and not result.classes:
-        out.print(f"{title}\n  nothing found\n")
+        out.print("  nothing found\n")
         return
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=True, header_style="dim")
-    table.add_column("label")
-    table.add_column("confidence", justify="right")
-    table.add_column("left, top – right, bottom (px)")
+    table = plain_table("label", "confidence", "left, top – right, bottom (px)")
     for item in result.detections:
         box = item.box
         place = f"{box.x_min_px:.0f}, {box.y_min_px:.0f} – {box.x_max_px:.0f}, {box.y_max_px:.0f}"
@@ -128,19 +133,21 @@ def job_line(job: Job) -> str:
 
 
 def print_jobs(jobs: Iterable[Job]) -> None:
-    """Jobs as a table."""
-    table = Table(box=None, header_style="dim")
-    for column in ("job", "state", "kind", "queue", "progress", "attempts", "submitted", "took"):
-        table.add_column(column, no_wrap=column == "job")
+    """Jobs as a table; the last column says what is not as usual."""
+    table = plain_table("job", "state", "kind", "done", "age", "took", "notes")
+    table.columns[0].min_width = 32  # an id is of use only whole
     for job in jobs:
-        progress = f"{job.progress.completed_count}/{job.progress.total_count}" if job.progress.total_count else ""
-        took = ""
-        if job.create_time and job.end_time:
-            took = f"{(job.end_time - job.create_time).total_seconds():.1f} s"
-        submitted = job.create_time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if job.create_time else ""
+        done = f"{job.progress.completed_count}/{job.progress.total_count}" if job.progress.total_count else ""
+        age = _age(datetime.now(UTC) - job.create_time) if job.create_time else ""
+        took = f"{(job.end_time - job.create_time).total_seconds():.1f} s" if job.create_time and job.end_time else ""
         state = f"[{STATE_STYLE.get(job.state, 'white')}]{job.state.value}[/]"
-        attempts = f"{job.attempt_count}/{job.max_attempts}"
-        table.add_row(job.job_id, state, job.kind, job.queue, progress, attempts, submitted, took)
+        notes = [
+            f"queue {escape(job.queue)}" if job.queue != "default" else "",
+            f"attempt {job.attempt_count} of {job.max_attempts}" if job.attempt_count > 1 else "",
+            "cancel requested" if job.cancel_requested and not job.has_ended else "",
+            " ".join(f"{escape(key)}={escape(value)}" for key, value in job.labels.items()),
+        ]
+        table.add_row(job.job_id, state, job.kind, done, age, took, ", ".join(filter(None, notes)))
     out.print(table)
 
 
@@ -168,9 +175,7 @@ def print_job_result(job: Job) -> None:
 
 def print_models(models: Iterable[Model]) -> None:
     """Models as a table."""
-    table = Table(box=None, header_style="dim")
-    for column in ("model", "task", "state", "engine", "precision", "device", "labels"):
-        table.add_column(column)
+    table = plain_table("model", "task", "state", "runs on", "labels")
     styles = {ModelState.READY: "green", ModelState.FAILED: "red"}
     for model in models:
         state = f"[{styles.get(model.state, 'yellow')}]{model.state.value}[/]"
@@ -178,33 +183,29 @@ def print_models(models: Iterable[Model]) -> None:
             state += f" {model.load_progress:.0%}"
         about = escape(model.state_reason or ", ".join(model.labels[:6]) + (" …" if len(model.labels) > 6 else ""))
         name = escape(model.name) + (" *" if model.is_default else "")
-        table.add_row(name, model.task.value.lower(), state, model.engine, model.precision, model.device, about)
+        table.add_row(name, model.task.value.lower(), state, f"{model.engine} {model.precision} {model.device}", about)
     out.print(table)
 
 
 def print_devices(devices: Iterable[Device]) -> None:
     """Devices as a table; what a device can't tell stays empty."""
-    table = Table(box=None, header_style="dim")
-    for column in ("device", "name", "memory", "busy", "utilization", "temperature", "power"):
-        table.add_column(column)
+    table = plain_table("device", "memory", "busy", "utilization", "temperature", "power", "name")
     for device in devices:
         table.add_row(
             device.kind if device.kind == "cpu" else f"{device.kind}:{device.index}",
-            escape(" ".join(filter(None, (device.name, device.mig_profile)))),
             f"{device.memory_used_bytes / 2**30:.1f} of {device.memory_total_bytes / 2**30:.1f} GiB",
             f"{device.busy_ratio:.0%}",
             "" if device.utilization is None else f"{device.utilization:.0%}",
             "" if device.temperature_celsius is None else f"{device.temperature_celsius:.0f} °C",
             "" if device.power_watts is None else f"{device.power_watts:.0f} W",
+            escape(" ".join(filter(None, (device.name, device.mig_profile)))),
         )
     out.print(table)
 
 
 def print_stats(stats: Stats, workers: Iterable[Worker]) -> None:
     """The queues' counts and the workers as two tables."""
-    table = Table(box=None, header_style="dim")
-    for column in ("queue", "queued", "scheduled", "running", "failed", "oldest", "jobs/s", "p50", "p95"):
-        table.add_column(column, justify="left" if column == "queue" else "right")
+    table = plain_table("queue", "queued", "scheduled", "running", "failed", "oldest", "jobs/s", "p50", "p95")
     for item in stats.queues:
         table.add_row(
             escape(item.queue) + (" (paused)" if item.paused else ""),
@@ -215,14 +216,19 @@ def print_stats(stats: Stats, workers: Iterable[Worker]) -> None:
             _seconds(item.latency_p95_s),
         )
     out.print(table if stats.queues else "no queue has had a job yet")
-    people = Table(box=None, header_style="dim")
-    for column in ("worker", "at once", "jobs now", "ended"):
-        people.add_column(column)
+    people = plain_table("worker", "at once", "ended", "jobs now")
     for worker in workers:
-        people.add_row(
-            worker.worker, str(worker.concurrency), ", ".join(worker.job_ids) or "–", str(worker.ended_count)
-        )
+        jobs_now = ", ".join(worker.job_ids) or "–"
+        people.add_row(worker.worker, str(worker.concurrency), str(worker.ended_count), jobs_now)
     out.print(people if stats.worker_count else "[yellow]no worker is alive: jobs wait[/]")
+
+
+def _age(age: timedelta) -> str:
+    seconds = age.total_seconds()
+    for size_s, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size_s:
+            return f"{seconds / size_s:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
 
 
 def _seconds(value: float | None) -> str:

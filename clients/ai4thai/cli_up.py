@@ -87,11 +87,13 @@ def demo(
 @contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM does what Ctrl-C does: it raises KeyboardInterrupt."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT too: a shell without job control starts background commands with it ignored.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_stack(stack: Stack) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from rich.markup import escape
-from rich.table import Table
 
-from ai4thai.cli_output import err, in_words, job_line, out
+from ai4thai.cli_output import err, in_words, job_line, out, plain_table
 from ai4thai.cli_up import start_stack, stop_stack, wait_until_ready
 from ai4thai.errors import ServerFault
 from ai4thai.frames import IMAGE_SUFFIXES
@@ -58,20 +57,18 @@ def run_demo(save: Path) -> None:
 def _show_stream(vision: VisionClient, samples: list[Path]) -> None:
     _headline(f"{len(samples)} pictures through one stream")
     drawn = _what_was_drawn()
-    table = Table(box=None, header_style="dim")
-    for column in ("picture", "size (px)", "found", "surest", "as drawn"):
-        table.add_column(column)
+    table = plain_table("picture", "size (px)", "surest", "as drawn", "found")
     begun_s = time.monotonic()
     with vision.detect_stream(samples) as results:
         for sample, result in zip(samples, results, strict=True):
             found = result.detection
             if found is None:
-                table.add_row(sample.name, "", f"[red]{escape(str(result.error))}[/]", "", "")
+                table.add_row(sample.name, "", "", "", f"[red]{escape(str(result.error))}[/]")
                 continue
             labels = [item.label for item in found.detections]
             surest = f"{found.detections[0].confidence:.2f}" if labels else ""
             same = "[green]yes[/]" if in_words(labels) == in_words(drawn[sample.name]) else "[yellow]no[/]"
-            table.add_row(sample.name, f"{found.width_px} x {found.height_px}", in_words(labels), surest, same)
+            table.add_row(sample.name, f"{found.width_px} x {found.height_px}", surest, same, in_words(labels))
         summary = results.summary
     elapsed_s = time.monotonic() - begun_s
     out.print(table)
@@ -115,9 +112,7 @@ def _show_job(queue: QueueClient, samples: list[Path]) -> None:
     job = queue.wait(job.job_id, timeout_s=300, on_change=tell)
     if job.state is not JobState.SUCCEEDED or not isinstance(job.result, AnalyzeJobResult):
         raise job.error or ServerFault(f"The demo's job ended {job.state}.")
-    table = Table(box=None, header_style="dim")
-    for column in ("picture", "How many shapes are there?", "found"):
-        table.add_column(column)
+    table = plain_table("picture", "How many shapes are there?", "found")
     for sample, item in zip(samples, job.result.items, strict=True):
         if item.analysis is None:
             raise item.error or ServerFault(f"The demo's job says nothing of {sample.name}.")

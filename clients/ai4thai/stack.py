@@ -97,12 +97,18 @@ class Stack:
     @property
     def vision_address(self) -> str:
         """Where the vision server is."""
-        return f"localhost:{self.ports.vision}"
+        return f"{self._reached_at}:{self.ports.vision}"
 
     @property
     def queue_address(self) -> str:
         """Where the queue server is."""
-        return f"localhost:{self.ports.queue}"
+        return f"{self._reached_at}:{self.ports.queue}"
+
+    @property
+    def _reached_at(self) -> str:
+        if self.host in ("", "127.0.0.1", "::", "::1", "0.0.0.0", "localhost"):
+            return "localhost"
+        return f"[{self.host}]" if ":" in self.host else self.host
 
     @property
     def log_dir(self) -> Path:
@@ -181,7 +187,7 @@ class Stack:
     def failed_models(self) -> dict[str, str]:
         """The models that could not be loaded, with the reason."""
         with httpx.Client(timeout=2.0, trust_env=False) as http:
-            info = http.get(f"http://127.0.0.1:{self.ports.vision}/info").json()
+            info = http.get(f"http://{self.vision_address}/info").json()
         return {
             model["name"]: model.get("state_reason", "")
             for model in info["models"]
@@ -227,9 +233,9 @@ class Stack:
                 raise PortTaken(name, port) from None
 
     def _vision_missing(self, http: httpx.Client) -> str:
-        if http.get(f"http://127.0.0.1:{self.ports.vision}/health").status_code == 200:
+        if http.get(f"http://{self.vision_address}/health").status_code == 200:
             return ""
-        models = http.get(f"http://127.0.0.1:{self.ports.vision}/info").json()["models"]
+        models = http.get(f"http://{self.vision_address}/info").json()["models"]
         states = {model["name"]: model["state"].removeprefix("MODEL_STATE_") for model in models}
         if states and set(states.values()) <= {"READY", "FAILED"} and "FAILED" in states.values():
             return ""  # it will not get any readier: what failed is told, the others serve
@@ -241,11 +247,11 @@ class Stack:
         )
 
     def _queue_missing(self, http: httpx.Client) -> str:
-        answer = http.get(f"http://127.0.0.1:{self.ports.queue}/health")
+        answer = http.get(f"http://{self.queue_address}/health")
         return "" if answer.status_code == 200 else "not serving yet"
 
     def _worker_missing(self, http: httpx.Client) -> str:
-        answer: dict[str, Any] = http.get(f"http://127.0.0.1:{self.ports.queue}/v1/workers").json()
+        answer: dict[str, Any] = http.get(f"http://{self.queue_address}/v1/workers").json()
         return "" if answer.get("workers") else "not registered yet"
 
 

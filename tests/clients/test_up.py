@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ai4thai import QueueClient, VisionClient
-from ai4thai.stack import Ports
+from ai4thai.stack import Ports, Stack
 
 from tests.clients.fake_servers import FakeServer, FakeVision
 from tests.processes import ROOT
@@ -190,3 +190,16 @@ def test_verbose_shows_the_processes_lines(start: Start) -> None:
     up.wait_for("Ctrl-C stops everything")
     up.wait_for("queue   ")
     assert re.search(r"^(queue|worker|broker) +\S", up.text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "localhost:2001"),
+        ("0.0.0.0", "localhost:2001"),
+        ("192.0.2.7", "192.0.2.7:2001"),
+        ("2001:db8::7", "[2001:db8::7]:2001"),
+    ],
+)
+def test_the_servers_are_looked_for_where_they_listen(host: str, address: str, tmp_path: Path) -> None:
+    assert Stack(Ports(), tmp_path, host=host).vision_address == address
