@@ -11,7 +11,7 @@ from ai4thai.vision.v1 import generation_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from queue_server.errors import InvalidField
+from queue_server.errors import InvalidField, JobNotFound
 from queue_server.jobs import Attempt, Job, JobFilter, JobState, Priority, Submission
 from queue_server.settings import QueueSettings
 from queue_server.statistics import QueueCounts, WorkerRecord
@@ -94,14 +94,17 @@ def read_submission(request: queue_service_pb2.SubmitJobRequest, job_id: str, se
 
 
 def read_job_id(value: str) -> str:
-    """A job's id as it was sent; one that cannot be an id at all is looked up in vain, and so becomes NOT_FOUND.
+    """A job's id as it was sent.
 
     Raises:
         InvalidField: it is empty.
+        JobNotFound: it could not be one.
     """
     if not value:
         raise InvalidField("job_id", "job_id is empty.", cure="Send the id that SubmitJob answered.")
-    return value if _JOB_ID.fullmatch(value) else "?"
+    if not _JOB_ID.fullmatch(value):
+        raise JobNotFound(job_id=value)  # it could not be one, and must not become part of a key
+    return value
 
 
 def read_queue(value: str, field: str) -> str:

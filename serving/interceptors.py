@@ -29,6 +29,7 @@ HTTP_CALLER = "x-http-caller"
 
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _DETAILS = "grpc-status-details-bin"
+_PUSHBACK = "grpc-retry-pushback-ms"
 _QUIET = ("grpc.health.v1.Health", "grpc.reflection.")
 _PEER = re.compile(r"unix-abstract:(?:\\0|\0|%00)?peer/(?P<address>.+)/\d+")
 
@@ -215,11 +216,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if not isinstance(error, Exception):
                 raise
             status = to_status(failure, self._domain)
-            await context.abort(
-                GRPC_CODE[failure.code],
-                status.message,
-                ((_DETAILS, status.SerializeToString()), (REQUEST_ID, call.request_id)),
-            )
+            trailers: list[tuple[str, str | bytes]] = [
+                (_DETAILS, status.SerializeToString()),
+                (REQUEST_ID, call.request_id),
+            ]
+            if failure.retry_after_s is not None:
+                # What RetryInfo tells people, this tells gRPC's own retries (gRFC A6).
+                trailers.append((_PUSHBACK, str(round(failure.retry_after_s * 1000))))
+            await context.abort(GRPC_CODE[failure.code], status.message, tuple(trailers))
 
 
 def _log_call(call: Call) -> None:

@@ -17,6 +17,9 @@ import numpy.typing as npt
 from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
 
+# Taken before Ultralytics replaces it in PIL.Image by one that looks for HEIF plugins.
+from PIL.Image import open as open_image
+
 from serving.errors import ServiceError
 from vision_server.admission import GivenBack, Place
 from vision_server.errors import ImageEmpty, ImageError, ImageTooLarge, ImageUnreadable
@@ -121,7 +124,7 @@ class Images:
     def _from_file(self, source: EncodedImage, place: Place) -> Image:
         file = io.BytesIO(source.content)
         try:
-            with Pillow.open(file, formats=FORMATS) as header:
+            with open_image(file, formats=FORMATS) as header:
                 self._check_pixels(header.width * header.height)
                 place.grow(header.width * header.height * 3)
                 if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):

@@ -12,6 +12,7 @@ from vision_server.shapes.describer_model import END, IMAGE, IMAGE_PX, PATCH_PX,
 from vision_server.shapes.patch_truth import Summary, patch_truth, summarise
 from vision_server.shapes.questions import KINDS, LANGUAGES, Pair, ask, grounded
 from vision_server.shapes.scenes import DESCRIBER_STYLE, Scene, SceneStyle, draw_scene
+from vision_server.shapes.subject_truth import IGNORED, subject_end, subject_truth
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -20,7 +21,6 @@ ASPECTS = (1.0, 1.0, 4 / 3, 4 / 3, 3 / 2, 16 / 9)
 GROUNDED_SHARE = 0.25
 SYSTEM_SHARE = 0.3
 FOLLOW_UP_SHARE = 0.15
-IGNORED = -100
 
 # A tower that first meets large shapes on plain ground learns what a corner is in a fraction of the time.
 EASY_STYLE = replace(DESCRIBER_STYLE, min_side=0.22, clutter_share=0.0, overlap_share=0.0, max_shapes=4)
@@ -53,6 +53,20 @@ class Packed:
     targets: torch.Tensor  # (rows, length), IGNORED except on answers
     positions: torch.Tensor  # (rows, length), restarting after the image for every conversation
     mask: torch.Tensor  # (rows, 1, length, length), added to the attention scores
+    subjects: torch.Tensor  # (words, 2), row and column of the words that questions are about
+    subject_truth: torch.Tensor  # (words, 3)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One picture's conversations before padding."""
+
+    ids: list[int]
+    targets: list[int]
+    positions: list[int]
+    segments: list[int]
+    subjects: list[int]
+    truths: list[tuple[int, int, int]]
 
 
 def describer_scene(rng: np.random.Generator, style: SceneStyle = DESCRIBER_STYLE) -> Scene:
@@ -78,13 +92,14 @@ def draw_pictures(rng: np.random.Generator, count: int, style: SceneStyle = DESC
     return Pictures(torch.from_numpy(pixels), torch.from_numpy(truth), summarise(scenes), scenes)
 
 
-def draw_pair(rng: np.random.Generator, scene: Scene, kinds: Sequence[str] = KINDS) -> Pair:
-    """A question this scene allows; every fourth comes with what a detector found."""
+def draw_pair(rng: np.random.Generator, scene: Scene, kinds: Sequence[str], first_kind: str) -> Pair:
+    """A question of the first kind, or of any if this scene allows none; every fourth with what a detector found."""
+    kind = first_kind
     while True:
-        kind = kinds[int(rng.integers(len(kinds)))]
         pair = ask(rng, scene.shapes, kind, LANGUAGES[int(rng.integers(len(LANGUAGES)))])
         if pair is not None:
             break
+        kind = kinds[int(rng.integers(len(kinds)))]
     if rng.random() < GROUNDED_SHARE:
         return replace(pair, question=grounded(pair.question, [shape.label for shape in scene.shapes]))
     return pair
@@ -101,15 +116,26 @@ class Packer:
         self._tokenizer = tokenizer
         self._conversations = conversations
         self._kinds = kinds
-        self._encoded: dict[str, list[int]] = {}
+        self._encoded: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
         self._image_token = int(tokenizer.convert_tokens_to_ids(IMAGE))
 
     def _encode(self, text: str) -> list[int]:
+        return self._with_letters(text)[0]
+
+    def _with_letters(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and the letters that each covers: from, up to."""
         if text not in self._encoded:
-            self._encoded[text] = list(self._tokenizer(text)["input_ids"])
+            encoded = self._tokenizer(text, return_offsets_mapping=True)
+            self._encoded[text] = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         return self._encoded[text]
 
-    def _row(self, rng: np.random.Generator, scene: Scene) -> tuple[list[int], list[int], list[int], list[int]]:
+    def _kinds_in_turn(self, rng: np.random.Generator) -> list[str]:
+        """All kinds before any comes again: rows of one batch become equally long and pad little."""
+        rounds = -(-self._conversations // len(self._kinds))
+        kinds = [self._kinds[index] for _ in range(rounds) for index in rng.permutation(len(self._kinds))]
+        return kinds[: self._conversations]
+
+    def _row(self, rng: np.random.Generator, scene: Scene) -> _Row:
         head = "<|user|>\n"
         if rng.random() < SYSTEM_SHARE:
             head = f"<|system|>\n{SYSTEM_TEXTS[int(rng.integers(len(SYSTEM_TEXTS)))]}{END}\n{head}"
@@ -117,15 +143,24 @@ class Packer:
         prefix = len(ids)
         targets, positions, segments = [IGNORED] * prefix, list(range(prefix)), [0] * prefix
         position = prefix
-        for conversation in range(1, self._conversations + 1):
+        subjects: list[int] = []
+        truths: list[tuple[int, int, int]] = []
+        for conversation, kind in enumerate(self._kinds_in_turn(rng), 1):
             follow_up = conversation > 1 and rng.random() < FOLLOW_UP_SHARE
             segment = segments[-1] if follow_up else conversation
             position = position if follow_up else prefix
-            pair = draw_pair(rng, scene, self._kinds)
+            pair = draw_pair(rng, scene, self._kinds, kind)
             opening = f"{END}\n<|user|>\n" if follow_up else "\n"
             # The end token of the answer before is already there; a follow-up goes on from its newline.
             opening = opening.removeprefix(END)
-            question = [*self._encode(opening), *self._encode(f"{pair.question}{END}\n<|assistant|>\n")]
+            opened = self._encode(opening)
+            asked, letters = self._with_letters(f"{pair.question}{END}\n<|assistant|>\n")
+            named = subject_end(pair)
+            if named is not None:
+                token = max(index for index, (start, end) in enumerate(letters) if start <= named < end)
+                subjects.append(len(ids) + len(opened) + token)
+                truths.append(subject_truth(pair, scene.shapes))
+            question = [*opened, *asked]
             answer = self._encode(pair.answer + END)
             ids += question + answer
             targets += [IGNORED] * len(question) + answer
@@ -133,18 +168,26 @@ class Packer:
             positions += range(position, position + length)
             position += length
             segments += [segment] * length
-        return ids, targets, positions, segments
+        return _Row(ids, targets, positions, segments, subjects, truths)
 
     def pack(self, rng: np.random.Generator, scenes: Sequence[Scene]) -> Packed:
         """One row a scene, padded to the longest on the right."""
         rows = [self._row(rng, scene) for scene in scenes]
-        length = max(len(row[0]) for row in rows)
+        length = max(len(row.ids) for row in rows)
 
-        def padded(column: int, filler: int) -> torch.Tensor:
-            return torch.tensor([row[column] + [filler] * (length - len(row[column])) for row in rows])
+        def padded(values: Sequence[list[int]], filler: int) -> torch.Tensor:
+            return torch.tensor([value + [filler] * (length - len(value)) for value in values])
 
-        segments = padded(3, -1)
+        segments = padded([row.segments for row in rows], -1)
         same = segments[:, :, None] == segments[:, None, :]
         visible = (same | (segments[:, None, :] == 0)) & torch.ones(length, length).tril().bool()
         mask = torch.zeros(visible.shape).masked_fill(~visible, -1e9)[:, None]
-        return Packed(padded(0, int(self._tokenizer.pad_token_id)), padded(1, IGNORED), padded(2, 0), mask)
+        subjects = [(index, column) for index, row in enumerate(rows) for column in row.subjects]
+        return Packed(
+            padded([row.ids for row in rows], int(self._tokenizer.pad_token_id)),
+            padded([row.targets for row in rows], IGNORED),
+            padded([row.positions for row in rows], 0),
+            mask,
+            torch.tensor(subjects).reshape(-1, 2),
+            torch.tensor([truth for row in rows for truth in row.truths]).reshape(-1, 3),
+        )

@@ -79,7 +79,7 @@ def _places(draw: random.Random, wanted: int, width: int, height: int) -> list[t
         reach = 1.42 * half + 2
         cx, cy = draw.uniform(reach, width - reach), draw.uniform(reach, height - reach)
         clear = all(
-            math.hypot(cx - x, cy - y) > 1.42 * (half + other) and abs(cx - x) > 0.04 * width for x, y, other in places
+            math.hypot(cx - x, cy - y) > 1.42 * (half + other) and abs(cx - x) > 0.05 * width for x, y, other in places
         )
         if clear:
             places.append((cx, cy, half))

@@ -24,6 +24,8 @@ COLUMNS = ("shape", "colour", "centre", "place", "same", "total")
 SLOTS = slice(0, MAX_SHAPES)
 TALLIES = slice(MAX_SHAPES, MAX_SHAPES + len(LABELS))
 SUMMARY_WEIGHT = 1.0
+# Descriptions go from left to right: place weighs more than its few patches would.
+CENTRE_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class PatchHeads(nn.Module):
         place_accuracy = 0.0
         if here.any():
             for logits, column in ((place, 3), (same, 4), (total, 5)):
-                loss = loss + 0.15 * functional.cross_entropy(logits[here], truth[..., column][here])
+                loss = loss + CENTRE_WEIGHT * functional.cross_entropy(logits[here], truth[..., column][here])
             place_accuracy = (place[here].argmax(-1) == truth[..., 3][here]).float().mean().item()
         summary_loss, slots_right, tallies_right = self._summary_loss(features, summary)
         loss = loss + SUMMARY_WEIGHT * summary_loss

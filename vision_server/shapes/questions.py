@@ -28,12 +28,14 @@ ABSENT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Pair:
-    """A question with its only right answer."""
+    """A question with its only right answer, and the shape and colour it names."""
 
     kind: str
     language: str
     question: str
     answer: str
+    label: str = ""
+    colour: str = ""
 
 
 def grounded(question: str, labels: Sequence[str]) -> str:
@@ -169,4 +171,5 @@ def ask(rng: np.random.Generator, shapes: Sequence[Shape], kind: str, language: 
     if subject is None:
         return None
     label, colour = subject
-    return Pair(kind, language, word(rng, kind, language, label, colour), answer(kind, language, shapes, label, colour))
+    question = word(rng, kind, language, label, colour)
+    return Pair(kind, language, question, answer(kind, language, shapes, label, colour), label, colour)

@@ -51,7 +51,7 @@ class SceneStyle:
     clutter_share: float = 0.2
     max_clutter: int = 5
     # Two centres nearer than this (of the width) have no left and right that a reader would agree on.
-    min_centre_gap: float = 0.035
+    min_centre_gap: float = 0.05
     overlap_share: float = 0.2
 
 

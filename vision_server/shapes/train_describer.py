@@ -15,8 +15,9 @@ from vision_server.torchvision_ops import install
 
 install()
 
-from vision_server.shapes.describer_batches import EASY_STYLE, IGNORED, Packed, Packer, Pictures, draw_pictures  # noqa: E402
+from vision_server.shapes.describer_batches import EASY_STYLE, Packed, Packer, Pictures, draw_pictures  # noqa: E402
 from vision_server.shapes.describer_model import (  # noqa: E402
+    TEXT_WIDTH,
     VISION_WIDTH,
     build_model,
     build_processor,
@@ -26,17 +27,21 @@ from vision_server.shapes.muon import Muon  # noqa: E402
 from vision_server.shapes.patch_truth import PatchHeads  # noqa: E402
 from vision_server.shapes.questions import KINDS  # noqa: E402
 from vision_server.shapes.scenes import DESCRIBER_STYLE  # noqa: E402
+from vision_server.shapes.subject_truth import IGNORED, LEVELS, SubjectHeads  # noqa: E402
 
 WEIGHTS = Path(__file__).parent / "weights" / "shapes-describer"
 PATCH_LOSS_WEIGHT = 0.3
+SUBJECT_LOSS_WEIGHT = 0.3
 EASY_PART = 0.15
 TOWER = "model.vision_tower."
 WARMUP_STEPS = 30
 FINAL_RATE = 0.03
-# The tower goes on learning beside the language model: it need not come to rest.
+# Where the tower goes on learning beside the language model, it need not come to rest.
 VISION_FINAL_RATE = 0.4
 MUON_RATE = 0.02
 ADAM_RATE = 1e-3
+# Answers are given with the mean of the last weights: it is where the steps, still large, circle around.
+MEAN_DECAY = 0.97
 
 
 class Averages:
@@ -58,22 +63,34 @@ class Averages:
 class Trainer:
     """The network, its patch heads, its optimisers; one method for each kind of step."""
 
-    def __init__(self, seed: int, checkpoint: Path | None, vision_checkpoint: Path | None) -> None:
+    def __init__(
+        self, seed: int, checkpoint: Path | None, vision_checkpoint: Path | None, vision_share: float = 1.0
+    ) -> None:
         torch.manual_seed(seed)
         self.tokenizer = build_tokenizer()
         self.model = build_model(self.tokenizer)
         self.heads = PatchHeads(VISION_WIDTH)
+        self.readers = SubjectHeads(TEXT_WIDTH)
         if checkpoint is not None:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["model"])
             # Heads may have been added since; they learn in a few steps.
             self.heads.load_state_dict(state["heads"], strict=False)
+            self.readers.load_state_dict(state.get("readers", {}), strict=False)
         if vision_checkpoint is not None:
             self.take_vision(vision_checkpoint)
-        matrices, others = _split(self.model, self.heads)
-        self.muon = Muon(matrices, lr=MUON_RATE)
-        self.adam = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(
+            [*self.heads.parameters(), *self.readers.parameters()], lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self.adam.param_groups[0]["share"] = 1.0
+        tower, language = _split(self.model, of_tower=True), _split(self.model, of_tower=False)
+        self.muon = Muon(language[0], lr=MUON_RATE)
+        self.muon.param_groups[0]["share"] = 1.0
+        self.muon.add_param_group({"params": tower[0], "share": vision_share})
+        self.adam.add_param_group({"params": language[1], "share": 1.0})
+        self.adam.add_param_group({"params": tower[1], "share": vision_share})
         self.averages = Averages()
+        self.mean: dict[str, torch.Tensor] = {}
 
     def take_vision(self, checkpoint: Path) -> None:
         """Replace the vision tower by one that was trained elsewhere, perhaps at this moment."""
@@ -81,6 +98,7 @@ class Trainer:
         tower = {name: value for name, value in state["model"].items() if name.startswith(TOWER)}
         self.model.load_state_dict(tower, strict=False)
         self.heads.load_state_dict(state["heads"], strict=False)
+        self.mean.update({name: value.clone() for name, value in tower.items()} if self.mean else {})
 
     def features(self, pictures: Pictures) -> torch.Tensor:
         """The last hidden states of the vision tower, without the class token."""
@@ -109,27 +127,44 @@ class Trainer:
         projected = self.model.model.multi_modal_projector(features)
         is_image = (packed.token_ids == self.model.config.image_token_id)[..., None]
         embedded = embedded.masked_scatter(is_image, projected)
-        hidden = language(
-            inputs_embeds=embedded, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
-        ).last_hidden_state
+        said = language(
+            inputs_embeds=embedded,
+            attention_mask=packed.mask,
+            position_ids=packed.positions,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        hidden = said.last_hidden_state
         asked = packed.targets[:, 1:] != IGNORED
         logits = self.model.lm_head(hidden[:, :-1][asked])
         wanted = packed.targets[:, 1:][asked]
         loss = functional.cross_entropy(logits, wanted)
         self.averages.add(answers=loss.item(), tokens=(logits.argmax(-1) == wanted).float().mean().item())
-        return loss
+        rows, columns = packed.subjects.unbind(-1)
+        words = [said.hidden_states[level][rows, columns] for level in LEVELS]
+        subject_loss, (amount, label, colour) = self.readers.loss(words, packed.subject_truth)
+        self.averages.add(subjects=subject_loss.item(), amount=amount, label=label, hue=colour)
+        return loss + SUBJECT_LOSS_WEIGHT * subject_loss
 
     def step(self, loss: torch.Tensor, rate: float) -> None:
         """`rate` is a part of the peak rates, 0 to 1."""
         for optimizer, peak in ((self.muon, MUON_RATE), (self.adam, ADAM_RATE)):
             for group in optimizer.param_groups:
-                group["lr"] = rate * peak
+                group["lr"] = rate * peak * group["share"]
             optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if distributed.is_initialized():
             self._average_gradients()
         self.muon.step()
         self.adam.step()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Let the mean weights follow the ones that learn."""
+        for name, value in self.model.state_dict().items():
+            if name not in self.mean:
+                self.mean[name] = value.clone()
+            self.mean[name].lerp_(value, 1 - MEAN_DECAY)
 
     def _average_gradients(self) -> None:
         """Over the processes that train together; two of one thread do twice the work of one of two threads."""
@@ -150,12 +185,14 @@ class Trainer:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         # Moved into place whole: another process may be reading the one before.
         fresh = checkpoint.with_suffix(".new")
-        torch.save({"model": self.model.state_dict(), "heads": self.heads.state_dict()}, fresh)
+        heads = {"heads": self.heads.state_dict(), "readers": self.readers.state_dict()}
+        torch.save({"model": self.mean or self.model.state_dict(), **heads}, fresh)
         fresh.replace(checkpoint)
 
     def export(self, folder: Path) -> None:
         """Write the half-precision model with its processor; training goes on in single precision."""
         single = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.mean, strict=False)
         self.model.half().save_pretrained(folder)
         self.model.float().load_state_dict(single)
         build_processor(self.tokenizer).save_pretrained(folder)
@@ -164,11 +201,13 @@ class Trainer:
             file.chmod(0o644)
 
 
-def _split(model: nn.Module, heads: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def _split(model: nn.Module, *, of_tower: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Hidden matrices for Muon; embeddings, the read-out layers, biases and norms for Adam."""
     matrices: list[nn.Parameter] = []
-    others = list(heads.parameters())
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if name.startswith(TOWER) != of_tower:
+            continue
         hidden = parameter.ndim > 1 and not any(part in name for part in ("embed_tokens", "position", "lm_head"))
         (matrices if hidden else others).append(parameter)
     return matrices, others
@@ -189,7 +228,7 @@ def train_vision(trainer: Trainer, arguments: argparse.Namespace) -> None:
         style = EASY_STYLE if easy else DESCRIBER_STYLE
         pictures = draw_pictures(rng, arguments.batch, style)
         loss = trainer.patch_loss(trainer.features(pictures), pictures)
-        trainer.step(loss, schedule(step, step / steps, arguments.rate, VISION_FINAL_RATE))
+        trainer.step(loss, schedule(step, step / steps, arguments.rate, arguments.vision_final_rate))
         _report(trainer, "vision", step, arguments)
 
 
@@ -213,6 +252,7 @@ def train_answers(trainer: Trainer, arguments: argparse.Namespace) -> None:
             patch_loss = trainer.patch_loss(features, pictures)
         loss = trainer.answer_loss(features, packed) + PATCH_LOSS_WEIGHT * patch_loss
         trainer.step(loss, schedule(step, progress, arguments.rate, FINAL_RATE))
+        trainer.follow()
         _report(trainer, "answers", step, arguments)
 
 
@@ -246,8 +286,15 @@ def parse_arguments() -> argparse.Namespace:
         help="take the vision tower from here; again and again if frozen",
     )
     parser.add_argument("--freeze-vision", action="store_true", help="let only the language model learn")
+    parser.add_argument("--vision-share", type=float, default=1.0, help="the tower's part of the rates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=1400, help="0 skips the vision stage")
+    parser.add_argument(
+        "--vision-final-rate",
+        type=float,
+        default=VISION_FINAL_RATE,
+        help="part of the rate that the vision stage ends with",
+    )
     parser.add_argument("--steps", type=int, default=1600, help="steps with answers; 0 skips them")
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="end the steps with answers after this")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
@@ -270,7 +317,7 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         meeting = f"file://{(arguments.out / 'meeting').resolve()}"
         distributed.init_process_group("gloo", meeting, world_size=arguments.processes, rank=arguments.rank)
-    trainer = Trainer(arguments.seed, arguments.resume_from, arguments.vision_from)
+    trainer = Trainer(arguments.seed, arguments.resume_from, arguments.vision_from, arguments.vision_share)
     if arguments.vision_steps:
         train_vision(trainer, arguments)
         trainer.save(arguments.out / "vision.pt")
