@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -112,14 +113,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """The four shapes of a method come down to two."""
 
         async def answer_one(request: Any, context: Any) -> Any:
-            async with self._around(method, context):
-                return await (handler.stream_unary or handler.unary_unary)(request, context)
+            answering = (handler.stream_unary or handler.unary_unary)(request, context)
+            del request
+            with closing(answering):  # also when it is refused before it has begun
+                async with self._around(method, context):
+                    return await answering
 
         async def answer_many(request: Any, context: Any) -> AsyncIterator[Any]:
+            answering = (handler.stream_stream or handler.unary_stream)(request, context)
+            del request
             async with (
                 self._around(method, context),
                 # The inner generator ends with the outer one, also when the caller leaves between two messages.
-                aclosing((handler.stream_stream or handler.unary_stream)(request, context)) as responses,
+                aclosing(answering) as responses,
             ):
                 async for response in responses:
                     yield response
@@ -215,7 +221,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 _log.exception("a fault of our own", method=call.method.path, request_id=call.request_id)
             if not isinstance(error, Exception):
                 raise
-            status = to_status(failure, self._domain)
+            status, grpc_code = to_status(failure, self._domain), GRPC_CODE[failure.code]
+            # grpc keeps the AbortError in a cycle (RPCState -> AbortError -> its traceback -> frames -> context -> RPCState)
+            # until the garbage collector comes by; the handler's frames in it would keep the request, images and all.
+            traceback.clear_frames(error.__traceback__)
             trailers: list[tuple[str, str | bytes]] = [
                 (_DETAILS, status.SerializeToString()),
                 (REQUEST_ID, call.request_id),
@@ -223,7 +232,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if failure.retry_after_s is not None:
                 # What RetryInfo tells people, this tells gRPC's own retries (gRFC A6).
                 trailers.append((_PUSHBACK, str(round(failure.retry_after_s * 1000))))
-            await context.abort(GRPC_CODE[failure.code], status.message, tuple(trailers))
+            await context.abort(grpc_code, status.message, tuple(trailers))
 
 
 def _log_call(call: Call) -> None:
