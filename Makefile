@@ -24,7 +24,7 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@if cmp -s pyproject.toml $(READY); then touch $(READY); else \
 	  echo "Installing into $(VENV); the first time this takes some minutes (about 2 GB)"; \
-	  $(BIN)/pip install --disable-pip-version-check $(TORCH) -e '.[dev]' && cp pyproject.toml $(READY); \
+	  $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]' && cp pyproject.toml $(READY); \
 	fi
 
 setup: $(READY) ## Makes .venv and installs everything into it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from serving.process import run
@@ -22,4 +23,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python would wait for a thread that still reads weights, minutes for a large model; all that matters has been stopped.
+    os._exit(exit_code)
