@@ -29,8 +29,8 @@ def generate(target: Path) -> list[Path]:
             f"-I{well_known}",
             f"--python_out={target}",
             f"--grpc_python_out={target}",
-            f"--mypy_out={target}",
-            f"--mypy_grpc_out={target}",
+            f"--mypy_out=quiet:{target}",
+            f"--mypy_grpc_out=quiet:{target}",
             *sources,
         ]
     )

@@ -1,4 +1,4 @@
-"""Calls servers as any client does, and reads what their errors carry."""
+"""A server as any client sees it: its stubs, its web address, its metrics, its errors."""
 
 from __future__ import annotations
 
@@ -58,6 +58,13 @@ class Server:
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )
+
+    @property
+    def vision_calls_in_flight(self) -> int:
+        """Calls of VisionService that are being answered; the health watches of other clients' channels are none."""
+        service = "ai4thai.vision.v1.VisionService"
+        started = self.metric("grpc_server_started_total", grpc_service=service)
+        return round(started - self.metric("grpc_server_handled_total", grpc_service=service))
 
 
 @dataclass(frozen=True)

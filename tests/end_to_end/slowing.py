@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-RUNS_S = 0.02
+RUNS_S = 0.01
 
 
 @contextmanager

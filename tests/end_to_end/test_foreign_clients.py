@@ -1,4 +1,4 @@
-"""Clients that are not ours: grpcurl, buf curl, Node.js, curl, a health probe."""
+"""gRPC clients that are not ours: grpcurl, buf curl, Node.js, a health probe."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from grpc_health.v1 import health_pb2
 
 from tests.end_to_end.calling import Server
 from tests.end_to_end.conftest import wait_until
+from tests.end_to_end.foreign_programs import assert_found, output_of
 from tests.end_to_end.pictures import Picture, encoded, foreign, jpeg
 from tests.processes import ROOT
-from vision_server.shapes.boxes import matched_boxes
 
 BIN = Path(sys.executable).parent
 NODE = Path(__file__).parent / "node"
@@ -25,38 +25,8 @@ VISION, QUEUE = "ai4thai.vision.v1.VisionService", "ai4thai.queue.v1.QueueServic
 LARGE_PX = (2700, 2460)  # 19.9 MB as a BMP: just below the limit of 20 MB
 
 
-def output_of(*command: str | Path, stdin: str | None = None, cwd: Path = ROOT) -> str:
-    done = subprocess.run(command, input=stdin, cwd=cwd, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 def grpcurl(*arguments: str, stdin: str | None = None) -> str:
     return output_of(BIN / "grpcurl", "-plaintext", *arguments, stdin=stdin)
-
-
-@pytest.fixture(scope="module")
-def picture() -> Picture:
-    return foreign(3, 3, 3)
-
-
-@pytest.fixture(scope="module")
-def detect_body(picture: Picture) -> str:
-    """A DetectRequest in JSON, the image in base64."""
-    return json.dumps({"image": {"content": base64.b64encode(jpeg(picture.image)).decode()}})
-
-
-def assert_found(answer: dict[str, Any], picture: Picture) -> None:
-    """A DetectResponse in JSON, under the proto's field names or in camelCase, tells what is in the picture."""
-
-    def edge(box: dict[str, float], name: str) -> float:
-        return box.get(f"{name}_px", box.get(name.replace("_m", "M") + "Px", 0))
-
-    boxes = [
-        (d["label"], d["confidence"], tuple(edge(d["box"], name) for name in ("x_min", "y_min", "x_max", "y_max")))
-        for d in answer["detections"]
-    ]
-    assert len(boxes) == len(picture.truth) == len(matched_boxes(boxes, picture.truth, 0.5)), (boxes, picture.truth)
 
 
 # ---- grpcurl
@@ -201,145 +171,6 @@ def test_node_streams_both_ways(vision: Server, node: Path) -> None:
     assert (last["summary"]["received_count"], last["summary"]["error_count"]) == ("6", "1")
 
 
-# ---- curl, every documented URL
-
-
-def curl(server: Server, path: str, *arguments: str, body: str | None = None) -> tuple[int, str]:
-    """Status and body."""
-    command: list[str | Path] = [
-        "curl",
-        "-sS",
-        "--http1.1",
-        "--noproxy",
-        "*",
-        "-m",
-        "60",
-        "-w",
-        "\n%{http_code}",
-        *arguments,
-    ]
-    if body is not None:
-        command += ["-H", "content-type: application/json", "--data-binary", "@-"]
-    text, _, status = output_of(*command, f"http://{server.address}{path}", stdin=body).rpartition("\n")
-    return int(status), text
-
-
-def curl_json(server: Server, path: str, *arguments: str, body: str | None = None) -> Any:
-    status, text = curl(server, path, *arguments, body=body)
-    assert status == 200, text
-    return json.loads(text)
-
-
-def test_curl_reads_the_health_of_both_servers(vision: Server, queue: Server) -> None:
-    for server, service, check in ((vision, VISION, "model/shapes-detector"), (queue, QUEUE, "redis")):
-        assert curl_json(server, "/health") == {"status": "SERVING"}
-        assert curl_json(server, "/health/live") == {"status": "SERVING"}
-        detailed = curl_json(server, "/health/detailed")
-        assert detailed["status"] == "SERVING"
-        assert detailed["services"][service] == "SERVING"
-        assert detailed["checks"][check]["status"] == "OK"
-        assert detailed["draining"] is False
-        status, text = curl(server, "/metrics")
-        assert status == 200
-        assert "# TYPE grpc_server_handled_total counter" in text
-        assert "process_resident_memory_bytes" in text
-
-
-def test_curl_reads_what_the_vision_server_is(vision: Server) -> None:
-    info = curl_json(vision, "/info")
-    assert info["ready"] is True
-    assert info["device"] == "cpu" or info["device"].startswith("cuda")
-    assert {"detect", "detect_stream", "generate", "analyze"} <= set(info["capabilities"])
-    assert int(info["limits"]["max_image_bytes"]) >= 20_000_000
-    assert {model["name"]: model["state"] for model in info["models"]} == {
-        "shapes-detector": "MODEL_STATE_READY",
-        "shapes-describer": "MODEL_STATE_READY",
-    }
-    listed = curl_json(vision, "/v1/models")["models"]
-    for model in listed:
-        assert curl_json(vision, f"/v1/models/{model['name']}")["model"] == model
-    status, text = curl(vision, "/v1/models/nobody")
-    assert (status, json.loads(text)["error"]["details"][0]["reason"]) == (404, "MODEL_NOT_FOUND")
-    assert curl_json(vision, "/v1/devices")["devices"]
-
-
-@pytest.mark.parametrize("path", ["/v1/models/shapes-detector:load", "/v1/models/shapes-detector:unload"])
-def test_curl_is_told_what_is_not_served_yet(vision: Server, path: str) -> None:
-    status, text = curl(vision, path, body="{}")
-    assert (status, json.loads(text)["error"]["details"][0]["reason"]) == (501, "NOT_SERVED_YET")
-
-
-def test_curl_detects(vision: Server, picture: Picture, detect_body: str) -> None:
-    answer = curl_json(vision, "/v1/vision:detect", body=detect_body)
-    assert_found(answer, picture)
-    assert (answer["width_px"], answer["height_px"]) == picture.image.size
-
-
-def test_curl_generates_line_by_line(vision: Server, picture: Picture) -> None:
-    image = {"image": {"content": base64.b64encode(jpeg(picture.image)).decode()}}
-    message = {"role": "ROLE_USER", "parts": [image, {"text": "อธิบายภาพนี้"}]}
-    status, text = curl(vision, "/v1/vision:generate", "-N", body=json.dumps({"messages": [message]}))
-    assert status == 200
-    *deltas, last = [json.loads(line) for line in text.splitlines()]
-    assert len(deltas) >= 5
-    assert "".join(delta["delta"]["text"] for delta in deltas) == last["summary"]["text"]
-    assert last["summary"]["finish_reason"] == "FINISH_REASON_STOP"
-
-
-def test_curl_analyzes(vision: Server, picture: Picture, detect_body: str) -> None:
-    body = json.dumps({**json.loads(detect_body), "question": "How many shapes are there?"})
-    answer = curl_json(vision, "/v1/vision:analyze", body=body)
-    assert_found(answer["detection"], picture)
-    assert answer["text"] == "There are 3."
-
-
-@pytest.mark.usefixtures("workers")
-def test_curl_takes_a_job_from_begin_to_end(queue: Server, picture: Picture, detect_body: str) -> None:
-    content = json.loads(detect_body)["image"]
-    body = json.dumps({"request_id": "curl-1", "queue": "curl", "work": {"detect": {"images": [content]}}})
-    submitted = curl_json(queue, "/v1/jobs", body=body)
-    assert submitted["created"] is True
-    job_id = submitted["job"]["job_id"]
-    assert curl_json(queue, "/v1/jobs", body=body)["job"]["job_id"] == job_id
-
-    status, text = curl(queue, f"/v1/jobs/{job_id}:watch", "-N")
-    assert status == 200
-    changes = [json.loads(line) for line in text.splitlines()]
-    assert changes[-1]["job"]["state"] == "JOB_STATE_SUCCEEDED"
-    assert [int(change["revision"]) for change in changes] == sorted({int(change["revision"]) for change in changes})
-
-    job = curl_json(queue, f"/v1/jobs/{job_id}")["job"]
-    assert_found(job["result"]["detect"]["items"][0]["detection"], picture)
-    assert [one["job_id"] for one in curl_json(queue, "/v1/jobs?queue=curl&page_size=10")["jobs"]] == [job_id]
-    assert curl_json(queue, "/v1/jobs?queue=curl&states=JOB_STATE_FAILED")["jobs"] == []
-    stats = curl_json(queue, "/queue/stats")
-    assert "curl" in [one["queue"] for one in stats["queues"]]
-    assert stats["worker_count"] >= 1
-    assert len(curl_json(queue, "/v1/workers")["workers"]) == stats["worker_count"]
-
-    cancelled = curl_json(queue, f"/v1/jobs/{job_id}:cancel", body="{}")["job"]
-    assert cancelled["state"] == "JOB_STATE_SUCCEEDED"  # it had ended: nothing changes
-    assert curl_json(queue, f"/v1/jobs/{job_id}", "-X", "DELETE") == {}
-    status, text = curl(queue, f"/v1/jobs/{job_id}")
-    assert (status, json.loads(text)["error"]["details"][0]["reason"]) == (404, "JOB_NOT_FOUND")
-
-
-@pytest.mark.parametrize(
-    ("path", "arguments"),
-    [
-        ("/v1/jobs:batch", ("-d", "{}")),
-        ("/v1/jobs/x:retry", ("-d", "{}")),
-        ("/v1/media/x", ()),
-        ("/v1/queues/x:pause", ("-d", "{}")),
-        ("/v1/queues/x:resume", ("-d", "{}")),
-        ("/v1/queues/x:purge", ("-d", "{}")),
-    ],
-)
-def test_curl_is_told_what_the_queue_does_not_serve_yet(queue: Server, path: str, arguments: tuple[str, ...]) -> None:
-    status, text = curl(queue, path, *arguments)
-    assert (status, json.loads(text)["error"]["details"][0]["reason"]) == (501, "NOT_SERVED_YET")
-
-
 # ---- a health probe
 
 
@@ -353,4 +184,4 @@ def test_a_plain_probe_sees_both_servers_ready(vision: Server, queue: Server) ->
             watch = server.health.Watch(request, timeout=5)
             assert next(watch).status == serving
             watch.cancel()
-    wait_until("the probes have left", lambda: vision.metric("ai4thai_calls_in_flight") == 0)
+    wait_until("the probes have left", lambda: vision.vision_calls_in_flight == 0)

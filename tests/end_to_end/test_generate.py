@@ -133,15 +133,15 @@ def test_when_the_caller_leaves_the_generation_stops(
 ) -> None:
     request = generate_request(jpeg(crowded.image), DESCRIBE["th"])
     tokens_before = vision.metric("ai4thai_generated_tokens_total")
-    cancelled_before = vision.metric("ai4thai_generations_total", finish_reason="CANCELLED")
+    cancelled_before = vision.metric("ai4thai_generations_total", finish_reason="cancelled")
     with slowed(vision.process.pid, 20):
         call = vision.vision.Generate(request, timeout=60)
         next(call)
         call.cancel()
-        wait_until("the call has ended", lambda: vision.metric("ai4thai_calls_in_flight") == 0)
+        wait_until("the call has ended", lambda: vision.vision_calls_in_flight == 0)
     wait_until(
         "the generation has ended",
-        lambda: vision.metric("ai4thai_generations_total", finish_reason="CANCELLED") == cancelled_before + 1,
+        lambda: vision.metric("ai4thai_generations_total", finish_reason="cancelled") == cancelled_before + 1,
     )
     generated = vision.metric("ai4thai_generated_tokens_total") - tokens_before
     assert 1 <= generated < wholes["th"].usage.completion_tokens / 2

@@ -193,12 +193,12 @@ def test_cancelling_a_running_job_reaches_the_model(vision: Server, queue: Serve
     with slowed(vision.process.pid, 10):
         job_id = submit(queue, detect_work(contents(400))).job_id
         running(queue, job_id)
-        wait_until("the vision server works on it", lambda: vision.metric("ai4thai_calls_in_flight") > 0)
+        wait_until("the vision server works on it", lambda: vision.vision_calls_in_flight > 0)
         assert queue.queue.CancelJob(queue_pb.CancelJobRequest(job_id=job_id)).job.cancel_requested
         job = ended(queue, job_id)
         assert job.state == job_pb2.JOB_STATE_CANCELLED
         assert job.progress.completed_count < 400
-        wait_until("the vision server is left alone", lambda: vision.metric("ai4thai_calls_in_flight") == 0)
+        wait_until("the vision server is left alone", lambda: vision.vision_calls_in_flight == 0)
     assert not job.HasField("result")
 
 
@@ -208,7 +208,7 @@ def test_cancelling_a_generation_stops_it(vision: Server, queue: Server) -> None
         running(queue, job_id)
         queue.queue.CancelJob(queue_pb.CancelJobRequest(job_id=job_id))
         assert ended(queue, job_id).state == job_pb2.JOB_STATE_CANCELLED
-        wait_until("the vision server is left alone", lambda: vision.metric("ai4thai_calls_in_flight") == 0)
+        wait_until("the vision server is left alone", lambda: vision.vision_calls_in_flight == 0)
 
 
 def test_a_job_that_cannot_succeed_fails_at_once(queue: Server) -> None:

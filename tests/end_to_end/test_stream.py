@@ -177,7 +177,7 @@ def test_what_ends_a_stream_is_told(
 
 def test_a_caller_who_leaves_frees_its_place(vision: Server) -> None:
     content = jpeg(small(1)[0].image)
-    before = vision.metric("ai4thai_calls_in_flight")
+    before = vision.vision_calls_in_flight
 
     def endless() -> Iterator[pb.DetectStreamRequest]:
         yield config()
@@ -193,4 +193,4 @@ def test_a_caller_who_leaves_frees_its_place(vision: Server) -> None:
     *results, last = answers(vision, [config(), frame(5, content)])
     assert results[0].result.frame_id == 5
     assert last.summary.detected_count == 1
-    assert vision.metric("ai4thai_calls_in_flight") <= before
+    assert vision.vision_calls_in_flight <= before

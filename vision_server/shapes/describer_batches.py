@@ -51,6 +51,7 @@ class Packed:
 
     token_ids: torch.Tensor  # (rows, length)
     targets: torch.Tensor  # (rows, length), IGNORED except on answers
+    weights: torch.Tensor  # (rows, length), what each target counts
     positions: torch.Tensor  # (rows, length), restarting after the image for every conversation
     mask: torch.Tensor  # (rows, 1, length, length), added to the attention scores
     subjects: torch.Tensor  # (words, 2), row and column of the words that questions are about
@@ -63,6 +64,7 @@ class _Row:
 
     ids: list[int]
     targets: list[int]
+    weights: list[float]
     positions: list[int]
     segments: list[int]
     subjects: list[int]
@@ -142,6 +144,7 @@ class Packer:
         ids = [*self._encode(head), *[self._image_token] * PATCHES]
         prefix = len(ids)
         targets, positions, segments = [IGNORED] * prefix, list(range(prefix)), [0] * prefix
+        weights = [0.0] * prefix
         position = prefix
         subjects: list[int] = []
         truths: list[tuple[int, int, int]] = []
@@ -164,19 +167,21 @@ class Packer:
             answer = self._encode(pair.answer + END)
             ids += question + answer
             targets += [IGNORED] * len(question) + answer
+            # Else descriptions, ten times as long as "yes", would be most of what is learned.
+            weights += [0.0] * len(question) + [len(answer) ** -0.5] * len(answer)
             length = len(question) + len(answer)
             positions += range(position, position + length)
             position += length
             segments += [segment] * length
-        return _Row(ids, targets, positions, segments, subjects, truths)
+        return _Row(ids, targets, weights, positions, segments, subjects, truths)
 
     def pack(self, rng: np.random.Generator, scenes: Sequence[Scene]) -> Packed:
         """One row a scene, padded to the longest on the right."""
         rows = [self._row(rng, scene) for scene in scenes]
         length = max(len(row.ids) for row in rows)
 
-        def padded(values: Sequence[list[int]], filler: int) -> torch.Tensor:
-            return torch.tensor([value + [filler] * (length - len(value)) for value in values])
+        def padded(values: Sequence[Sequence[float]], filler: int) -> torch.Tensor:
+            return torch.tensor([[*value, *[filler] * (length - len(value))] for value in values])
 
         segments = padded([row.segments for row in rows], -1)
         same = segments[:, :, None] == segments[:, None, :]
@@ -186,6 +191,7 @@ class Packer:
         return Packed(
             padded([row.ids for row in rows], int(self._tokenizer.pad_token_id)),
             padded([row.targets for row in rows], IGNORED),
+            padded([row.weights for row in rows], 0),
             padded([row.positions for row in rows], 0),
             mask,
             torch.tensor(subjects).reshape(-1, 2),

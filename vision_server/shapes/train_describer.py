@@ -71,6 +71,7 @@ class Trainer:
         self.model = build_model(self.tokenizer)
         self.heads = PatchHeads(VISION_WIDTH)
         self.readers = SubjectHeads(TEXT_WIDTH)
+        self.mean: dict[str, torch.Tensor] = {}
         if checkpoint is not None:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["model"])
@@ -90,7 +91,6 @@ class Trainer:
         self.adam.add_param_group({"params": language[1], "share": 1.0})
         self.adam.add_param_group({"params": tower[1], "share": vision_share})
         self.averages = Averages()
-        self.mean: dict[str, torch.Tensor] = {}
 
     def take_vision(self, checkpoint: Path) -> None:
         """Replace the vision tower by one that was trained elsewhere, perhaps at this moment."""
@@ -138,7 +138,8 @@ class Trainer:
         asked = packed.targets[:, 1:] != IGNORED
         logits = self.model.lm_head(hidden[:, :-1][asked])
         wanted = packed.targets[:, 1:][asked]
-        loss = functional.cross_entropy(logits, wanted)
+        weights = packed.weights[:, 1:][asked]
+        loss = (functional.cross_entropy(logits, wanted, reduction="none") * weights).sum() / weights.sum()
         self.averages.add(answers=loss.item(), tokens=(logits.argmax(-1) == wanted).float().mean().item())
         rows, columns = packed.subjects.unbind(-1)
         words = [said.hidden_states[level][rows, columns] for level in LEVELS]
@@ -301,6 +302,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--conversations", type=int, default=6, help="conversations about each picture")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the peak learning rates")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="question kinds; repeat one to weigh it more")
+    parser.add_argument("--export", action="store_true", help="write the model also when no step is asked for")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--processes", type=int, default=1, help="how many train together; start each with its rank")
     parser.add_argument("--rank", type=int, default=0)
@@ -325,7 +327,8 @@ def main() -> None:
         train_answers(trainer, arguments)
         if arguments.rank == 0:
             trainer.save(arguments.out / "answers.pt")
-            trainer.export(arguments.weights_out)
+    if (arguments.steps or arguments.export) and arguments.rank == 0:
+        trainer.export(arguments.weights_out)
     print(f"done, wall {time.time() - wall:.0f} s, CPU {time.process_time():.0f} s")
 
 
