@@ -28,6 +28,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 START_S = 20.0
+FREE_PORT_TRIES = 4
 STOP_S = 30.0
 DEFAULT_MAX_MEMORY = "1gb"
 
@@ -146,7 +147,15 @@ class Broker:
 
     def _launch(self, server_lock: int) -> Running:
         program = find_program()
-        port = self._port or _free_port()
+        # A port that was free a moment ago can be taken by the time the server binds it; one that was asked for is tried once.
+        for _ in range(0 if self._port else FREE_PORT_TRIES - 1):
+            try:
+                return self._spawn(program, server_lock, _free_port())
+            except BrokerRefused:
+                continue
+        return self._spawn(program, server_lock, self._port or _free_port())
+
+    def _spawn(self, program: Path, server_lock: int, port: int) -> Running:
         if _taken(port):
             raise BrokerRefused(
                 f"Port {port} is taken. If a Redis runs there, set REDIS_URL=redis://127.0.0.1:{port}/0 and start no broker; "
