@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vision_server.shapes.patch_truth import MAX_SHAPES
 from vision_server.shapes.questions import KINDS, LANGUAGES
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -41,11 +42,19 @@ def detector_table(measured: dict[str, dict[str, float]]) -> str:
 def describer_table(measured: dict[str, dict[str, Any]]) -> str:
     """One row a question kind and language, one column a source of scenes with or without detected objects."""
     sources = list(measured)
+
+    def shown(source: str, group: str, name: str) -> str:
+        rate = measured[source][group].get(name)
+        return "-" if rate is None else f"{rate:.3f}"
+
     rows = []
     for kind in KINDS:
         for language in LANGUAGES:
-            rates = [measured[source]["exact_by_kind"].get(f"{kind} {language}", float("nan")) for source in sources]
-            rows.append([f"{kind} ({language})", *(f"{rate:.3f}" for rate in rates)])
+            rates = [shown(source, "exact_by_kind", f"{kind} {language}") for source in sources]
+            rows.append([f"{kind} ({language})", *rates])
+    for amount in range(MAX_SHAPES + 1):
+        rates = [shown(source, "exact_by_shapes", str(amount)) for source in sources]
+        rows.append([f"pictures with {amount}", *rates])
     rows.append(["**all**", *(f"**{measured[source]['exact']:.3f}**" for source in sources)])
     rows.append(["questions", *(str(measured[source]["questions"]) for source in sources)])
     return _table(["exact answers", *sources], rows)

@@ -12,7 +12,7 @@ from vision_server.shapes.describer_model import END, IMAGE, IMAGE_PX, PATCH_PX,
 from vision_server.shapes.patch_truth import Summary, patch_truth, summarise
 from vision_server.shapes.questions import KINDS, LANGUAGES, Pair, ask, grounded
 from vision_server.shapes.scenes import DESCRIBER_STYLE, Scene, SceneStyle, draw_scene
-from vision_server.shapes.subject_truth import IGNORED, subject_end, subject_truth
+from vision_server.shapes.subject_truth import IGNORED, item_starts, item_truth, subject_end, subject_truth
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -164,7 +164,12 @@ class Packer:
                 subjects.append(len(ids) + len(opened) + token)
                 truths.append(subject_truth(pair, scene.shapes))
             question = [*opened, *asked]
-            answer = self._encode(pair.answer + END)
+            answer, letters = self._with_letters(pair.answer + END)
+            if pair.kind == "describe":
+                for first, shape in zip(item_starts(pair, scene.shapes), scene.shapes, strict=True):
+                    token = next(index for index, (start, end) in enumerate(letters) if start <= first < end)
+                    subjects.append(len(ids) + len(question) + token - 1)
+                    truths.append(item_truth(shape))
             ids += question + answer
             targets += [IGNORED] * len(question) + answer
             # Else descriptions, ten times as long as "yes", would be most of what is learned.

@@ -172,16 +172,18 @@ def draw_pairs(scenes: Sequence[HeldOutScene], seed: int) -> Iterator[tuple[Held
 def measure_describer(
     model: Describer, scenes: Sequence[HeldOutScene], seed: int, with_objects: bool
 ) -> dict[str, Any]:
-    """Share of answers that are exactly right, by kind and language."""
+    """Share of answers that are exactly right, by kind and language, and by how many shapes there are."""
     pairs = list(draw_pairs(scenes, seed))
     asked = []
     for scene, pair in pairs:
         labels = [shape.label for shape in scene.shapes]
         asked.append((scene.image, grounded(pair.question, labels) if with_objects else pair.question))
     right: dict[str, list[bool]] = defaultdict(list)
+    by_amount: dict[int, list[bool]] = defaultdict(list)
     wrong = []
-    for (_, pair), question, said in zip(pairs, asked, model.answer(asked), strict=True):
+    for (scene, pair), question, said in zip(pairs, asked, model.answer(asked), strict=True):
         right[f"{pair.kind} {pair.language}"].append(said == pair.answer)
+        by_amount[len(scene.shapes)].append(said == pair.answer)
         if said != pair.answer:
             wrong.append({"question": question[1], "wanted": pair.answer, "said": said})
     rates = {name: round(float(np.mean(values)), 4) for name, values in right.items()}
@@ -191,6 +193,9 @@ def measure_describer(
         "questions": len(every),
         "exact": round(float(np.mean(every)), 4),
         "exact_by_kind": rates,
+        "exact_by_shapes": {
+            str(amount): round(float(np.mean(values)), 4) for amount, values in sorted(by_amount.items())
+        },
         "examples_of_wrong": wrong[:12],
     }
 

@@ -40,6 +40,23 @@ def subject_truth(pair: Pair, shapes: Sequence[Shape]) -> tuple[int, int, int]:
     return len(fitting), label, colour
 
 
+def item_starts(pair: Pair, shapes: Sequence[Shape]) -> list[int]:
+    """Where in a description the first letter of each shape stands."""
+    starts: list[int] = []
+    after = 0
+    for shape in shapes:
+        thai = THAI_SHAPES[shape.label] + THAI_COLOURS[shape.colour]
+        start = pair.answer.index(thai if pair.language == "th" else f"{shape.colour} {shape.label}", after)
+        starts.append(start)
+        after = start + 1
+    return starts
+
+
+def item_truth(shape: Shape) -> tuple[int, int, int]:
+    """What the token before a shape is named should know: as for a word, but without a number."""
+    return IGNORED, LABELS.index(shape.label), COLOURS.index(shape.colour)
+
+
 class SubjectHeads(nn.Module):
     """One linear layer a level that reads the truth off the word; it is not part of the shipped model."""
 

@@ -7,7 +7,7 @@ import torch
 from vision_server.shapes.palette import COLOURS
 from vision_server.shapes.questions import KINDS, LANGUAGES, ask
 from vision_server.shapes.scenes import LABELS, Shape
-from vision_server.shapes.subject_truth import IGNORED, LEVELS, SubjectHeads, subject_end, subject_truth
+from vision_server.shapes.subject_truth import IGNORED, LEVELS, SubjectHeads, item_starts, subject_end, subject_truth
 from vision_server.shapes.wordings import THAI_COLOURS, THAI_SHAPES
 
 
@@ -49,6 +49,16 @@ def test_the_truth_is_what_the_scene_holds() -> None:
         if pair.kind == "colour":
             assert (colour == IGNORED) == (count == 0)
             assert colour == IGNORED or COLOURS[colour] in pair.answer
+
+
+def test_each_shape_of_a_description_starts_where_it_says() -> None:
+    twice = [SHAPES[0], SHAPES[0], SHAPES[1]]
+    for language, first in (("en", ["red circle", "red circle", "blue square"]), ("th", ["วงกลม", "วงกลม", "สี่เหลี่ยม"])):
+        pair = ask(np.random.default_rng(5), twice, "describe", language)
+        assert pair is not None
+        starts = item_starts(pair, twice)
+        assert starts == sorted(set(starts))
+        assert all(pair.answer[start:].startswith(name) for start, name in zip(starts, first, strict=True))
 
 
 def test_the_heads_learn_from_what_is_known_only() -> None:
