@@ -18,13 +18,17 @@ BENCH_ARGUMENTS ?=
 help: ## Shows these commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# The .pth file puts the source roots on the path as plain entries: by the editable install's import hook alone, a folder that
+# happens to be called ai4thai (this checkout, seen from its parent) would hide the package.
 # Installed again only when pyproject.toml says something else than at the last time; a new date alone costs nothing.
 $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed ($(PYTHON) was not found): install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@if cmp -s pyproject.toml $(READY); then touch $(READY); else \
 	  echo "Installing into $(VENV); the first time this takes some minutes (about 2 GB)"; \
-	  $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]' && cp pyproject.toml $(READY); \
+	  $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]' && \
+	  printf '%s\n' '$(CURDIR)/clients' '$(CURDIR)' >"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ai4thai-source.pth" && \
+	  cp pyproject.toml $(READY); \
 	fi
 
 setup: $(READY) ## Makes .venv and installs everything into it.

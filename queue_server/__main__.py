@@ -8,12 +8,12 @@ from queue_server import __version__
 from queue_server.service import QueueService
 from queue_server.settings import QueueSettings
 from serving.process import run
-from serving.settings import ServingSettings, describe
+from serving.settings import ServingSettings, describe, read
 
 
 def main() -> int:
     """Reads the settings, serves until a signal; the exit code."""
-    serving, settings = ServingSettings(), QueueSettings()
+    serving, settings = read(ServingSettings), read(QueueSettings)
     return run(
         lambda: QueueService(settings, __version__), serving, settings.port, {**describe(settings), **describe(serving)}
     )

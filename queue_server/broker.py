@@ -159,7 +159,7 @@ class Broker:
         if _taken(port):
             raise BrokerRefused(
                 f"Port {port} is taken. If a Redis runs there, set REDIS_URL=redis://127.0.0.1:{port}/0 and start no broker; "
-                "otherwise choose another port with --port, or --port 0 for a free one."
+                "otherwise choose another port with REDIS_PORT."
             )
         log = self._data_dir / "server.log"
         with log.open("ab") as output:

@@ -7,6 +7,7 @@ ServiceError
 ├── RequestIdReused          ALREADY_EXISTS        the same request_id with another body
 ├── QueueFull                RESOURCE_EXHAUSTED    too many jobs, queues, watchers or bytes
 ├── StoreUnavailable         UNAVAILABLE           Redis does not answer
+├── Draining                 UNAVAILABLE           the server is shutting down
 ├── WrongState               FAILED_PRECONDITION   the job's state does not allow it
 ├── RevisionOutOfRange       OUT_OF_RANGE
 └── of a job, not of a call: WorkerLost, HandedBack, JobExpired, VisionUnreachable, ResultTooLarge
@@ -90,6 +91,18 @@ class StoreUnavailable(ServiceError):
             f"The job store (Redis) does not answer: {why}.",
             cure="Try again with the same request_id; the operator finds the address in REDIS_URL.",
             retry_after_s=retry_after_s,
+        )
+
+
+class Draining(ServiceError):
+    """The server is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            Code.UNAVAILABLE,
+            "DRAINING",
+            "The server is shutting down.",
+            cure="Watch again, from the revision that came last.",
         )
 
 

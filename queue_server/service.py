@@ -74,6 +74,10 @@ class QueueService(queue_service_pb2_grpc.QueueServiceServicer):
         await self._sweeper.start()
         _log.info("jobs are kept in Redis", address=place(self._settings.url))
 
+    def drain(self) -> None:
+        """Ends the watches, which else would last as long as their jobs."""
+        self._watches.drain()
+
     async def stop(self) -> None:
         """Backwards."""
         await self._sweeper.stop()

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 from queue_server import keys
 from queue_server.connection import Connection
-from queue_server.errors import QueueFull, RevisionOutOfRange, StoreUnavailable
+from queue_server.errors import Draining, QueueFull, RevisionOutOfRange, StoreUnavailable
 from queue_server.jobs import Job
 from queue_server.records import history, read_job
 from queue_server.store import Store
@@ -33,12 +33,18 @@ class Watches:
         self._connection = connection
         self._max_watchers = max_watchers
         self._count = 0
+        self._draining = False
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._reader: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begins to listen."""
         self._reader = asyncio.create_task(self._read_door(), name="watch door")
+
+    def drain(self) -> None:
+        """Sends every watcher away; each can go on, at another server or later, from the revision it has."""
+        self._draining = True
+        self._ring_all()
 
     async def stop(self) -> None:
         """Stops listening."""
@@ -54,7 +60,7 @@ class Watches:
         end is always the last, also when `after_revision` is that very revision.
 
         Raises:
-            JobNotFound (also when the job is deleted meanwhile), RevisionOutOfRange, QueueFull, StoreUnavailable.
+            JobNotFound (also when the job is deleted meanwhile), RevisionOutOfRange, QueueFull, StoreUnavailable, Draining.
         """
         with self._place(job_id) as changed:
             first = True
@@ -74,6 +80,8 @@ class Watches:
                     yield now
                 if now.ended:
                     return
+                if self._draining:
+                    raise Draining
                 first = False
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_AGAIN_S):

@@ -27,7 +27,7 @@ from queue_server.settings import WorkerSettings
 from queue_server.vision import Vision
 from queue_server.worker_store import WorkerStore
 from serving import logs
-from serving.settings import describe
+from serving.settings import describe, read
 
 # An idle worker asks for messages at least this often. With Dramatiq's default, 1000 ms, a job waits 286 ms (median) to begin;
 # with this, 20 ms.
@@ -102,7 +102,7 @@ class Worker:
 
 def main() -> int:
     """Works until SIGTERM or SIGINT; 0 after an orderly stop."""
-    settings = WorkerSettings()
+    settings = read(WorkerSettings)
     logs.configure(settings.log_level, settings.log_format)
     worker = Worker(settings)
     with _signals() as wait_for_signal:

@@ -52,6 +52,9 @@ class Service(Protocol):
     async def start(self, health: Health) -> None:
         """Called once the port is open; returns soon, long loading goes on in the background."""
 
+    def drain(self) -> None:
+        """Called when draining begins: ends what would otherwise last as long as its caller likes (a watch)."""
+
     async def stop(self) -> None:
         """Called after draining."""
 
@@ -124,6 +127,7 @@ async def _drain(
     health.drain()
     await asyncio.sleep(serving.unready_seconds)
     await listener.close()
+    service.drain()
     await asyncio.gather(server.stop(serving.drain_seconds), http.stop(serving.drain_seconds))
     await channel.close()
     listener.cut()

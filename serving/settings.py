@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeVar
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -42,6 +43,22 @@ class ServingSettings(BaseSettings):
         "auto", description="`auto`: console on a terminal, JSON elsewhere."
     )
     access_log: bool = Field(True, description="One line for each call that ends.")
+
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+def read(kind: type[Settings]) -> Settings:
+    """The settings from the environment; what is wrong with them is told by the variables' names, and ends the process with 2."""
+    try:
+        return kind()
+    except ValidationError as error:
+        prefix = str(kind.model_config.get("env_prefix", ""))
+        for problem in error.errors():
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            variable = f"{prefix}{name}".upper() if name in kind.model_fields else name
+            print(f"{variable} is {_masked(problem['input'])!r}: {problem['msg']}.", file=sys.stderr)
+        sys.exit(2)
 
 
 _URL_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):([^/@\s]*)@")

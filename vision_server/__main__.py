@@ -6,7 +6,7 @@ import os
 import sys
 
 from serving.process import run
-from serving.settings import ServingSettings, describe
+from serving.settings import ServingSettings, describe, read
 from vision_server.network import set_environment
 from vision_server.service import VisionServer
 from vision_server.settings import VisionSettings
@@ -15,7 +15,7 @@ from vision_server.weights import is_local_describer
 
 def main() -> int:
     """Serves until it is told to stop; returns the exit code."""
-    settings, serving = VisionSettings(), ServingSettings()
+    settings, serving = read(VisionSettings), read(ServingSettings)
     local = all(is_local_describer(name, settings.model_dir) for name in settings.describers)
     set_environment(settings.data_dir, fetch_describer=not (settings.offline or local))
     shown = {**describe(settings), **describe(serving)}

@@ -95,6 +95,9 @@ class VisionServer(
         metrics.ADMITTED_BYTES.set_function(lambda: self._admission.size_bytes)
         self._models.start(health)
 
+    def drain(self) -> None:
+        """Nothing: every call here ends by itself."""
+
     async def stop(self) -> None:
         """Lets go of the models."""
         await self._models.stop()

@@ -30,6 +30,11 @@ class _Commands(TyperGroup):
         except FileNotFoundError as error:
             print_error(f"There is no file {error.filename}." if error.filename else error)
             raise typer.Exit(1) from None
+        except IsADirectoryError as error:
+            print_error(
+                f"{error.filename} is a folder. Name files, or send a whole folder with: ai4thai stream {error.filename}"
+            )
+            raise typer.Exit(1) from None
         except BrokenPipeError:  # the reader, such as head, has seen enough; typer ends quietly
             raise
         except (OSError, ValueError) as error:

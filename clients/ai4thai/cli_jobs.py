@@ -21,7 +21,7 @@ from ai4thai.cli_options import (
 )
 from ai4thai.cli_output import err, job_line, out, print_job_result, print_jobs, print_json
 from ai4thai.errors import InvalidInput
-from ai4thai.job_results import Job, JobState
+from ai4thai.job_results import AnalyzeJobResult, DetectJobResult, Job, JobState
 from ai4thai.options import Message, SubmitOptions
 from ai4thai.queue_client import QueueClient
 
@@ -138,7 +138,7 @@ def watch(
     json: AsJson = False,
     queue: QueueAddress = QUEUE,
 ) -> None:
-    """Follows a job to its end, then prints its result; exits 0 when it succeeded."""
+    """Follows a job to its end, then prints its result; exits 0 when it succeeded for every image."""
     with QueueClient(queue) as client:
         for job in client.watch(job_id, after_revision):
             _tell_change(job, json)
@@ -205,5 +205,12 @@ def _tell_end(job: Job, json: bool) -> None:
         print_json(job)
     else:
         print_job_result(job)
-    if job.state is not JobState.SUCCEEDED:
+    if job.state is not JobState.SUCCEEDED or _some_image_failed(job):
         raise typer.Exit(1)
+
+
+def _some_image_failed(job: Job) -> bool:
+    match job.result:
+        case DetectJobResult(items=items) | AnalyzeJobResult(items=items):
+            return any(item.error is not None for item in items)
+    return False

@@ -127,9 +127,15 @@ def job_line(job: Job) -> str:
     progress = ""
     if job.progress.total_count:
         progress = f"  {job.progress.completed_count}/{job.progress.total_count}"
-    attempt = f"  attempt {job.attempt_count} of {job.max_attempts}" if job.attempt_count > 1 else ""
+    attempt = f"  {_attempt(job)}" if job.attempt_count > 1 else ""
     why = f"  {escape(str(job.error))}" if job.error else ""
     return f"{job.job_id}  [{style}]{job.state.value:<9}[/]  {job.kind}{progress}{attempt}{why}"
+
+
+def _attempt(job: Job) -> str:
+    # Attempts that do not count (the model was loading, the worker was stopped) can carry the number past the limit.
+    limit = f" of {job.max_attempts}" if job.attempt_count <= job.max_attempts else ""
+    return f"attempt {job.attempt_count}{limit}"
 
 
 def print_jobs(jobs: Iterable[Job]) -> None:
@@ -143,7 +149,7 @@ def print_jobs(jobs: Iterable[Job]) -> None:
         state = f"[{STATE_STYLE.get(job.state, 'white')}]{job.state.value}[/]"
         notes = [
             f"queue {escape(job.queue)}" if job.queue != "default" else "",
-            f"attempt {job.attempt_count} of {job.max_attempts}" if job.attempt_count > 1 else "",
+            _attempt(job) if job.attempt_count > 1 else "",
             "cancel requested" if job.cancel_requested and not job.has_ended else "",
             " ".join(f"{escape(key)}={escape(value)}" for key, value in job.labels.items()),
         ]

@@ -176,13 +176,15 @@ class Stack:
             except subprocess.TimeoutExpired:
                 part.process.kill()
                 part.process.wait()
-        return [part for part in stopped if part.exit_code != 0]
+        # One that had not yet set up its own handler when it was told to stop ends by the signal itself, with nothing to lose.
+        return [part for part in stopped if part.exit_code not in (0, -signal.SIGTERM)]
 
     def kill(self) -> None:
         """Ends all processes at once, without draining."""
         for part in reversed(self.parts):
             if part.process is not None and part.exit_code is None:
-                part.process.kill()
+                # The broker's launcher must live to take its server along; that is quick.
+                (part.process.terminate if part.name == "broker" else part.process.kill)()
 
     def failed_models(self) -> dict[str, str]:
         """The models that could not be loaded, with the reason."""
@@ -248,7 +250,7 @@ class Stack:
 
     def _queue_missing(self, http: httpx.Client) -> str:
         answer = http.get(f"http://{self.queue_address}/health")
-        return "" if answer.status_code == 200 else "not serving yet"
+        return "" if answer.status_code == 200 else "; ".join(answer.json().get("why", ())) or "not serving yet"
 
     def _worker_missing(self, http: httpx.Client) -> str:
         answer: dict[str, Any] = http.get(f"http://{self.queue_address}/v1/workers").json()

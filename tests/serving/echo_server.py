@@ -41,6 +41,9 @@ class Echo(rpc.VisionServiceServicer):
         health.add_probe("ticks", self._tick, interval_s=0.1)
         health.expose(NAME, "ticks")
 
+    def drain(self) -> None:
+        print("draining", flush=True)
+
     async def stop(self) -> None:
         print("stopped in order", flush=True)
 
