@@ -15,7 +15,7 @@ DECODE_SECONDS = Histogram(
     registry=REGISTRY,
 )
 QUEUE_SECONDS = Histogram(
-    "ai4thai_queue_seconds", "Waiting for the model.", ["model"], buckets=_STEP_BUCKETS_S, registry=REGISTRY
+    "ai4thai_model_wait_seconds", "Waiting for the model.", ["model"], buckets=_STEP_BUCKETS_S, registry=REGISTRY
 )
 INFERENCE_SECONDS = Histogram(
     "ai4thai_inference_seconds", "A batch's forward pass.", ["model"], buckets=_STEP_BUCKETS_S, registry=REGISTRY
@@ -37,7 +37,9 @@ BATCH_SIZE = Histogram(
 IMAGES = Counter(
     "ai4thai_images", "Images answered, by outcome (`OK` or the error's reason).", ["outcome"], registry=REGISTRY
 )
-QUEUE_DEPTH = Gauge("ai4thai_queue_depth", "Requests that wait for a model.", ["model"], registry=REGISTRY)
+WAITING_REQUESTS = Gauge(
+    "ai4thai_model_waiting_requests", "Requests that wait for a model.", ["model"], registry=REGISTRY
+)
 STREAMS = Gauge("ai4thai_streams", "DetectStream calls that are open.", registry=REGISTRY)
 ADMITTED_BYTES = Gauge("ai4thai_admitted_image_bytes", "Bytes of the images being worked on.", registry=REGISTRY)
 MODEL_READY = Gauge("ai4thai_model_ready", "1 while a model serves.", ["model"], registry=REGISTRY)

@@ -87,7 +87,7 @@ class Models:
         for model in self._models.values():
             health.expose(f"model/{model.name}", f"model/{model.name}")
             health.report(f"model/{model.name}", False, "pending")
-            metrics.QUEUE_DEPTH.labels(model.name).set_function(partial(getattr, model, "depth"))
+            metrics.WAITING_REQUESTS.labels(model.name).set_function(partial(getattr, model, "depth"))
             metrics.MODEL_READY.labels(model.name).set(0)
         health.report(
             "models", False, f"loading: {', '.join(self._models)}" if self._models else "no model is configured"
