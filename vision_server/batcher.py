@@ -63,6 +63,7 @@ class Batcher(Generic[Item, Result]):
         max_queued: int,
         executors: int = 1,
         begin_thread: Callable[[], None] = lambda: None,
+        on_failure: Callable[[Exception], object] = lambda _: None,
     ) -> None:
         self.name = name
         self._execute = execute
@@ -72,6 +73,7 @@ class Batcher(Generic[Item, Result]):
         self._waiting: deque[_Waiter[Item, Result]] = deque()
         self._came = asyncio.Event()
         self._executors = executors
+        self._on_failure = on_failure
         self._threads = ThreadPoolExecutor(executors, thread_name_prefix=f"executor {name}", initializer=begin_thread)
         self._idle = asyncio.Semaphore(executors)
         self._running: set[asyncio.Task[None]] = set()
@@ -159,8 +161,9 @@ class Batcher(Generic[Item, Result]):
             outcomes = await work
             if len(outcomes) != len(batch):
                 raise RuntimeError(f"the executor answered {len(outcomes)} outcomes for {len(batch)} items")
-        except Exception:
+        except Exception as error:
             _log.exception("a batch failed", model=self.name, batch_size=len(batch))
+            self._on_failure(error)
             outcomes = [Fault(self.name) for _ in batch]
         finally:
             self._idle.release()

@@ -70,12 +70,19 @@ class Generations:
     """One thread that steps, and the bounded queue before it. stream() belongs to one event loop."""
 
     def __init__(
-        self, name: str, *, max_running: int, max_queued: int, begin_thread: Callable[[], None] = lambda: None
+        self,
+        name: str,
+        *,
+        max_running: int,
+        max_queued: int,
+        begin_thread: Callable[[], None] = lambda: None,
+        on_failure: Callable[[Exception], object] = lambda _: None,
     ) -> None:
         self._name = name
         self._max_running = max_running
         self._max_queued = max_queued
         self._begin_thread = begin_thread
+        self._on_failure = on_failure
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._changed = threading.Condition()
@@ -202,6 +209,7 @@ class Generations:
             self._take(running, token_id, running.stepper.is_end(token_id))
         except Exception as error:
             _log.error("a generation failed", model=self._name, exc_info=error)
+            self._on_failure(error)
             self._tell(running, Fault(f"The model {self._name!r}"))
             self._end(running, "error")
 

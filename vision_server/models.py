@@ -171,9 +171,10 @@ class Models:
 
     async def _load_all(self, health: Health) -> None:
         loop = asyncio.get_running_loop()
-        self._device = await loop.run_in_executor(self._loader, _pick_device, self._settings.device)
         for model in self._models.values():
             try:
+                # Asked for each model: when torch itself cannot be imported, each says so instead of loading for ever.
+                self._device = await loop.run_in_executor(self._loader, _pick_device, self._settings.device)
                 await self._load(model, health)
             except Exception as error:
                 known = isinstance(error, WeightsMissing | UnreadableWeights)
@@ -219,11 +220,12 @@ class Models:
             max_queued=settings.max_queued_images,
             executors=settings.executors or (self._settings.core_count if self._device == "cpu" else 1),
             begin_thread=partial(_set_torch_threads, self._torch_threads),
+            on_failure=partial(fail_on_lost_device, health),
         )
         model.batcher.start()
 
     async def _load_describer(self, model: ServedModel, health: Health) -> None:
-        settings = self._settings
+        settings, loop = self._settings, asyncio.get_running_loop()
         describer = await self._off_loop(
             partial(
                 Describer.load,
@@ -243,6 +245,7 @@ class Models:
             max_running=settings.max_running_generations,
             max_queued=settings.max_queued_generations,
             begin_thread=partial(_set_torch_threads, self._torch_threads),
+            on_failure=lambda error: loop.call_soon_threadsafe(fail_on_lost_device, health, error),
         )
         model.generations.start()
 
@@ -260,6 +263,17 @@ class Models:
         if self._settings.quantization != "auto":
             return self._settings.quantization
         return "nf4" if self._device.startswith("cuda") and name not in SHIPPED else "none"
+
+
+def fail_on_lost_device(health: Health, error: Exception) -> None:
+    """After a CUDA fault every later call of the process fails too: fails liveness, so that the container is restarted.
+
+    Memory that ran out is no such fault: the next, smaller batch may fit.
+    """
+    if type(error).__name__ == "OutOfMemoryError":
+        return
+    if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+        health.fail_for_good(f"The GPU is lost to this process: {str(error).splitlines()[0]}")
 
 
 def _set_torch_threads(count: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from ai4thai.cli import app
@@ -122,7 +123,6 @@ def test_stream_of_a_folder(run: Run, image: Path, tmp_path: Path) -> None:
 
 
 def test_stream_of_a_video(run: Run, fake_vision: FakeVision, tmp_path: Path) -> None:
-    cv2 = pytest.importorskip("cv2")
     video = tmp_path / "clip.avi"
     writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
     for _ in range(6):
