@@ -14,7 +14,7 @@ from vision_server.generations import Generations
 from vision_server.grounding import ground
 from vision_server.images import Image, Images
 from vision_server.models import Models
-from vision_server.requests import DetectOptions, GenerateOptions, ImageSource, Role, Turn
+from vision_server.requests import DetectOptions, GenerateOptions, ImageSource, Priority, Role, Turn
 from vision_server.results import Analysis, GenerateSummary
 
 
@@ -61,13 +61,14 @@ class Answers:
         model: str,
         options: GenerateOptions,
         deadline_s: float | None = None,
+        priority: Priority = Priority.STANDARD,
     ) -> Analysis:
         """The objects first, then the answer, grounded in them; the image is decoded once. Raises a ServiceError."""
         since_s = time.perf_counter()
         describer, generations = self._models.describer(model, "model")
         generations.check_room()
         self._detections.check(detect_options, "detect_options")
-        seen = await self._detections.detect(source, detect_options, deadline_s)
+        seen = await self._detections.detect(source, detect_options, deadline_s, priority=priority)
         asked = ground(question, [found.label for found in seen.answer.detections])
         conversation = [PicturedTurn(Role.USER, (seen.image, asked))]
         summary = await self._whole(describer, generations, conversation, options, deadline_s, since_s)

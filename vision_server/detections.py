@@ -13,7 +13,7 @@ from vision_server.detector import DetectItem
 from vision_server.errors import InvalidField
 from vision_server.images import Image, Images
 from vision_server.models import Models
-from vision_server.requests import DetectOptions, ImageSource
+from vision_server.requests import DetectOptions, ImageSource, Priority
 from vision_server.results import Detections as Answer
 from vision_server.results import Timings
 
@@ -47,11 +47,17 @@ class Detections:
             ) from None
 
     async def detect(
-        self, source: ImageSource, options: DetectOptions, deadline_s: float | None = None, *, patient: bool = False
+        self,
+        source: ImageSource,
+        options: DetectOptions,
+        deadline_s: float | None = None,
+        *,
+        priority: Priority = Priority.STANDARD,
+        patient: bool = False,
     ) -> Seen:
         """Raises a ServiceError; `deadline_s` is a moment of time.perf_counter(). `patient`: waits when the server is full."""
         try:
-            seen = await self._detect(source, options, deadline_s, patient)
+            seen = await self._detect(source, options, deadline_s, priority, patient)
         except ServiceError as error:
             metrics.IMAGES.labels(error.reason).inc()
             raise
@@ -59,7 +65,12 @@ class Detections:
         return seen
 
     async def _detect(
-        self, source: ImageSource, options: DetectOptions, deadline_s: float | None, patient: bool
+        self,
+        source: ImageSource,
+        options: DetectOptions,
+        deadline_s: float | None,
+        priority: Priority,
+        patient: bool,
     ) -> Seen:
         began_s = time.perf_counter()
         self.check(options)

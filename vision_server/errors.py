@@ -9,6 +9,8 @@ ServiceError
 ├── ModelNotFound        no such name
 ├── ModelLoading         not yet
 ├── ModelFailed          could not be loaded
+├── ModelUnloaded        not in memory
+├── MemoryExceeded       a model that does not fit
 ├── WrongTask            a describer asked to detect, or the other way round
 ├── QueueFull            too much waits
 ├── DeadlinePassed       not worth computing any more
@@ -119,6 +121,38 @@ class ModelFailed(ServiceError):
             f"The model {name!r} could not be loaded: {why}",
             cure="The server's operator can mend that and start it again.",
             metadata={"model": name},
+        )
+
+
+class ModelUnloaded(ServiceError):
+    """The model is not in memory."""
+
+    def __init__(self, name: str, field: str = "model") -> None:
+        super().__init__(
+            Code.FAILED_PRECONDITION,
+            "MODEL_UNLOADED",
+            f"The model {name!r} is not loaded.",
+            cure="LoadModel loads it.",
+            metadata={"model": name},
+            field=field,
+        )
+
+
+class MemoryExceeded(ServiceError):
+    """The model does not fit into what models may take."""
+
+    def __init__(self, name: str, *, needed_bytes: int, taken_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            Code.FAILED_PRECONDITION,
+            "MEMORY_EXCEEDED",
+            f"The model {name!r} takes about {needed_bytes:,} bytes; {taken_bytes:,} of {limit_bytes:,} are taken.",
+            cure="Unload another model, or raise VISION_MAX_MODEL_BYTES on the server.",
+            metadata={
+                "model": name,
+                "needed_bytes": needed_bytes,
+                "taken_bytes": taken_bytes,
+                "limit_bytes": limit_bytes,
+            },
         )
 
 

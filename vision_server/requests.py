@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,24 @@ class RawPixels:
 ImageSource = EncodedImage | RawPixels
 
 
+class Priority(IntEnum):
+    """Whose turn it is first; who waits long enough moves up."""
+
+    INTERACTIVE = 0
+    STANDARD = 1
+    BATCH = 2
+
+
+class MaskForm(StrEnum):
+    """How masks are written: the outline of the largest part, or every pixel by run lengths."""
+
+    POLYGON = "polygon"
+    RLE = "rle"
+
+
 @dataclass(frozen=True, slots=True)
 class DetectOptions:
-    """How to detect; ranges are those of detection.proto. Empty `labels`: all."""
+    """How to detect; ranges are those of detection.proto. Empty `labels`: all. `masks` None: none."""
 
     model: str = ""
     min_confidence: float = 0.25
@@ -47,14 +62,25 @@ class DetectOptions:
     max_detections: int = 300
     labels: tuple[str, ...] = ()
     annotate: bool = False
+    masks: MaskForm | None = None
+
+
+class Tracker(StrEnum):
+    """Which of Ultralytics' trackers numbers the objects of a stream; the values are its names."""
+
+    BYTETRACK = "bytetrack"
+    BOTSORT = "botsort"
 
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """How to serve a stream; `max_in_flight` 0: the server's default."""
+    """How to serve a stream; no `tracker`: none. `drop_oldest`: waiting frames give way to later ones, else the sender waits."""
 
     detect: DetectOptions
     max_in_flight: int
+    tracker: Tracker | None = None
+    drop_oldest: bool = False
+    priority: Priority = Priority.STANDARD
 
 
 @dataclass(frozen=True, slots=True)

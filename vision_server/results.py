@@ -38,8 +38,24 @@ class Keypoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Polygon:
+    """The outline of an object's largest part: at least three points (x, y) in pixels, the last joins the first."""
+
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunLengths:
+    """A mask of the whole image, column after column: runs of outside and inside in turn, outside first (COCO)."""
+
+    height_px: int
+    width_px: int
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Detection:
-    """One object found; confidence 0 to 1."""
+    """One object found; confidence 0 to 1. `track_id` None: no tracker, or not followed yet."""
 
     label: str
     class_id: int
@@ -47,6 +63,8 @@ class Detection:
     box: Box
     oriented_box: OrientedBox | None = None
     keypoints: tuple[Keypoint, ...] = ()
+    mask: Polygon | RunLengths | None = None
+    track_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +110,11 @@ class Detections:
     classes: tuple[Classification, ...]
     timings: Timings
     annotated_image: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameDropped:
+    """A frame of a stream that was not looked at, because later ones were waiting."""
 
 
 class FinishReason(StrEnum):
@@ -171,6 +194,7 @@ class ModelState(StrEnum):
     READY = "ready"
     FAILED = "failed"
     UNLOADING = "unloading"
+    UNLOADED = "unloaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +209,7 @@ class Card:
     labels: tuple[str, ...]
     input_size_px: int
     memory_bytes: int
+    keypoint_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +223,7 @@ class ModelInfo:
     is_default: bool
     card: Card | None = None
     state_reason: str = ""
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

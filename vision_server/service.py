@@ -108,8 +108,9 @@ class VisionServer(
     ) -> vision_service_pb2.DetectResponse:
         """Finds the objects in one image."""
         options = wire.read_detect_options(request.options)
+        priority = wire.read_priority(request.priority, _priority_word(context))
         image = wire.read_image(request.image)
-        seen = await self._detections.detect(image, options, _deadline_s(context))
+        seen = await self._detections.detect(image, options, _deadline_s(context), priority=priority)
         return wire.write_detections(seen.answer)
 
     async def DetectStream(
@@ -120,9 +121,9 @@ class VisionServer(
         first = await anext(requests, None)
         if first is None or first.WhichOneof("message") != "config":
             raise WrongOrder("The stream does not begin with a config.", "Send `config` first, then `frame`s.")
-        options = wire.read_stream_config(first.config, self._settings)
+        options = wire.read_stream_config(first.config, self._settings, _priority_word(context))
         self._detections.check(options.detect, "config.options")
-        stream = detect_stream(_frames(requests), self._detections, options.detect, options.max_in_flight)
+        stream = detect_stream(_frames(requests), self._detections, options)
         async with aclosing(stream) as items:
             async for item in items:
                 yield wire.write_stream(item)
@@ -145,9 +146,10 @@ class VisionServer(
         detect_options = wire.read_detect_options(request.detect_options, "detect_options")
         options = wire.read_generate_options(request.generate_options, self._settings, "generate_options")
         question = wire.read_question(request.question, self._settings)
+        priority = wire.read_priority(request.priority, _priority_word(context))
         image = wire.read_image(request.image)
         analysis = await self._answers.analyze(
-            image, question, detect_options, request.model, options, _deadline_s(context)
+            image, question, detect_options, request.model, options, _deadline_s(context), priority
         )
         return wire.write_analysis(analysis)
 
@@ -161,7 +163,7 @@ class VisionServer(
         self, request: model_service_pb2.ListModelsRequest, context: Any
     ) -> model_service_pb2.ListModelsResponse:
         """Lists the models."""
-        return model_service_pb2.ListModelsResponse(models=[wire.write_model(info) for info in self._models.infos])
+        return wire.write_models(self._models.infos)
 
     async def GetModel(
         self, request: model_service_pb2.GetModelRequest, context: Any
@@ -227,6 +229,11 @@ async def _frames(requests: AsyncIterator[vision_service_pb2.DetectStreamRequest
         except ImageEmpty:
             image = EncodedImage(b"", "frame.image")  # this frame's own error, found when its turn comes
         yield Frame(frame.frame_id, image)
+
+
+def _priority_word(context: Any) -> str | None:
+    """What the call's metadata says of its priority; None: nothing."""
+    return next((value for key, value in context.invocation_metadata() or () if key == "x-priority"), None)
 
 
 def _deadline_s(context: Any) -> float | None:

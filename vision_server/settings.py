@@ -52,6 +52,11 @@ class VisionSettings(BaseSettings):
     )
     offline: bool = Field(False, description="Never fetch a model; what is not on this machine fails to load.")
     device: str = Field("auto", description="`auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:1`.")
+    engine: Literal["auto", "pytorch", "onnxruntime", "openvino", "tensorrt"] = Field(
+        "auto",
+        description="What computes detectors. `auto`: on the CPU OpenVINO where it is installed, on a GPU an exported TensorRT "
+        "engine where there is one, else PyTorch.",
+    )
     detector_input_px: int = Field(
         0, ge=0, le=4096, description="Side of the square images are fitted into. 0: what the model was trained at."
     )
@@ -85,7 +90,26 @@ class VisionSettings(BaseSettings):
         description="When a batch ends and few images wait, the next one gathers until its oldest image has waited this "
         "long. An idle detector never waits. 0: it takes what is there.",
     )
+    priority_ageing_ms: float = Field(
+        500.0,
+        gt=0,
+        description="A waiting image moves up one priority each time that it has waited this long, so that none waits for ever.",
+    )
+    stuck_after_s: float = Field(
+        60.0,
+        gt=0,
+        description="A batch that computes longer than this is given up: its callers are told, its executor is built anew; the "
+        "second time the server fails its liveness, so that it is started again.",
+    )
+    max_streams: int = Field(256, ge=1, description="DetectStream calls at once; more get RESOURCE_EXHAUSTED.")
     max_stream_in_flight: int = Field(16, ge=1, le=1024, description="Frames of one stream worked on at once.")
+
+    max_model_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory that all models together may take; a model that does not fit is refused before it is loaded. "
+        "0: 90 % of the GPU's, or of the memory that is free at the start on the CPU.",
+    )
 
     max_new_tokens: int = Field(1024, ge=1, description="Tokens of one generation.")
     max_queued_generations: int = Field(

@@ -13,9 +13,9 @@ from serving.logs import get_logger
 from serving.status import from_exception
 from vision_server import metrics
 from vision_server.detections import Detections
-from vision_server.requests import DetectOptions, Frame
+from vision_server.requests import Frame, StreamOptions
 from vision_server.results import Detections as Answer
-from vision_server.results import StreamSummary
+from vision_server.results import FrameDropped, StreamSummary
 
 _log = get_logger("stream")
 
@@ -25,16 +25,16 @@ class FrameOutcome:
     """What became of one frame."""
 
     frame_id: int
-    outcome: Answer | ServiceError
+    outcome: Answer | ServiceError | FrameDropped
 
 
 async def detect_stream(
-    frames: AsyncIterator[Frame], detections: Detections, options: DetectOptions, max_in_flight: int
+    frames: AsyncIterator[Frame], detections: Detections, options: StreamOptions
 ) -> AsyncGenerator[FrameOutcome | StreamSummary, None]:
     """Outcomes in the frames' order, then the summary once `frames` has ended.
 
-    At most `max_in_flight` frames are read ahead of the oldest unanswered one, so that a slow reader holds its own sender up and
-    nobody else. Raises what `frames` raises; frames on their way are cancelled then, and when the caller leaves.
+    At most `options.max_in_flight` frames are read ahead of the oldest unanswered one, so that a slow reader holds its own sender
+    up and nobody else. Raises what `frames` raises; frames on their way are cancelled then, and when the caller leaves.
     """
     began_s = time.perf_counter()
     running: deque[tuple[int, asyncio.Task[Answer]]] = deque()
@@ -44,7 +44,7 @@ async def detect_stream(
     metrics.STREAMS.inc()
     try:
         while open_ended or running:
-            if open_ended and reading is None and len(running) < max_in_flight:
+            if open_ended and reading is None and len(running) < options.max_in_flight:
                 reading = asyncio.ensure_future(_next(frames))
             waiting: set[asyncio.Task[Frame] | asyncio.Task[Answer]] = set()
             if reading is not None:
@@ -84,9 +84,10 @@ async def _next(frames: AsyncIterator[Frame]) -> Frame:
     return await anext(frames)
 
 
-async def _answer(detections: Detections, frame: Frame, options: DetectOptions) -> Answer:
+async def _answer(detections: Detections, frame: Frame, options: StreamOptions) -> Answer:
     # A frame waits for room instead of being refused: the stream itself is the backpressure.
-    return (await detections.detect(frame.image, options, patient=True)).answer
+    seen = await detections.detect(frame.image, options.detect, priority=options.priority, patient=True)
+    return seen.answer
 
 
 def _outcome(task: asyncio.Task[Answer]) -> Answer | ServiceError:

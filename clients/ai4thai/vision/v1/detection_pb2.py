@@ -24,33 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!ai4thai/vision/v1/detection.proto\x12\x11\x61i4thai.vision.v1\"\xdd\x01\n\rDetectOptions\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1b\n\x0emin_confidence\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x1a\n\riou_threshold\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x1b\n\x0emax_detections\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x0e\n\x06labels\x18\x05 \x03(\t\x12\x10\n\x08\x61nnotate\x18\x06 \x01(\x08\x12\r\n\x05masks\x18\x07 \x01(\x08\x42\x11\n\x0f_min_confidenceB\x10\n\x0e_iou_thresholdB\x11\n\x0f_max_detections\"M\n\x03\x42ox\x12\x10\n\x08x_min_px\x18\x01 \x01(\x02\x12\x10\n\x08y_min_px\x18\x02 \x01(\x02\x12\x10\n\x08x_max_px\x18\x03 \x01(\x02\x12\x10\n\x08y_max_px\x18\x04 \x01(\x02\"s\n\x0bOrientedBox\x12\x13\n\x0b\x63\x65nter_x_px\x18\x01 \x01(\x02\x12\x13\n\x0b\x63\x65nter_y_px\x18\x02 \x01(\x02\x12\x10\n\x08width_px\x18\x03 \x01(\x02\x12\x11\n\theight_px\x18\x04 \x01(\x02\x12\x15\n\rangle_degrees\x18\x05 \x01(\x02\"#\n\x05Point\x12\x0c\n\x04x_px\x18\x01 \x01(\x02\x12\x0c\n\x04y_px\x18\x02 \x01(\x02\"3\n\x07Polygon\x12(\n\x06points\x18\x01 \x03(\x0b\x32\x18.ai4thai.vision.v1.Point\"A\n\nRunLengths\x12\x11\n\theight_px\x18\x01 \x01(\x05\x12\x10\n\x08width_px\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\"k\n\x04Mask\x12-\n\x07polygon\x18\x01 \x01(\x0b\x32\x1a.ai4thai.vision.v1.PolygonH\x00\x12,\n\x03rle\x18\x02 \x01(\x0b\x32\x1d.ai4thai.vision.v1.RunLengthsH\x00\x42\x06\n\x04\x66orm\"H\n\x08Keypoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04x_px\x18\x02 \x01(\x02\x12\x0c\n\x04y_px\x18\x03 \x01(\x02\x12\x12\n\nconfidence\x18\x04 \x01(\x02\"\x96\x02\n\tDetection\x12\r\n\x05label\x18\x01 \x01(\t\x12\x10\n\x08\x63lass_id\x18\x02 \x01(\x05\x12\x12\n\nconfidence\x18\x03 \x01(\x02\x12#\n\x03\x62ox\x18\x04 \x01(\x0b\x32\x16.ai4thai.vision.v1.Box\x12\x34\n\x0coriented_box\x18\x05 \x01(\x0b\x32\x1e.ai4thai.vision.v1.OrientedBox\x12%\n\x04mask\x18\x06 \x01(\x0b\x32\x17.ai4thai.vision.v1.Mask\x12.\n\tkeypoints\x18\x07 \x03(\x0b\x32\x1b.ai4thai.vision.v1.Keypoint\x12\x15\n\x08track_id\x18\x08 \x01(\x03H\x00\x88\x01\x01\x42\x0b\n\t_track_id\"E\n\x0e\x43lassification\x12\r\n\x05label\x18\x01 \x01(\t\x12\x10\n\x08\x63lass_id\x18\x02 \x01(\x05\x12\x12\n\nconfidence\x18\x03 \x01(\x02\"\x82\x01\n\x07Timings\x12\x11\n\tdecode_ms\x18\x01 \x01(\x02\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x14\n\x0cinference_ms\x18\x03 \x01(\x02\x12\x16\n\x0epostprocess_ms\x18\x04 \x01(\x02\x12\x10\n\x08total_ms\x18\x05 \x01(\x02\x12\x12\n\nbatch_size\x18\x06 \x01(\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!ai4thai/vision/v1/detection.proto\x12\x11\x61i4thai.vision.v1\"\x8d\x02\n\rDetectOptions\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1b\n\x0emin_confidence\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x1a\n\riou_threshold\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x1b\n\x0emax_detections\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x0e\n\x06labels\x18\x05 \x03(\t\x12\x10\n\x08\x61nnotate\x18\x06 \x01(\x08\x12\r\n\x05masks\x18\x07 \x01(\x08\x12.\n\tmask_form\x18\x08 \x01(\x0e\x32\x1b.ai4thai.vision.v1.MaskFormB\x11\n\x0f_min_confidenceB\x10\n\x0e_iou_thresholdB\x11\n\x0f_max_detections\"M\n\x03\x42ox\x12\x10\n\x08x_min_px\x18\x01 \x01(\x02\x12\x10\n\x08y_min_px\x18\x02 \x01(\x02\x12\x10\n\x08x_max_px\x18\x03 \x01(\x02\x12\x10\n\x08y_max_px\x18\x04 \x01(\x02\"s\n\x0bOrientedBox\x12\x13\n\x0b\x63\x65nter_x_px\x18\x01 \x01(\x02\x12\x13\n\x0b\x63\x65nter_y_px\x18\x02 \x01(\x02\x12\x10\n\x08width_px\x18\x03 \x01(\x02\x12\x11\n\theight_px\x18\x04 \x01(\x02\x12\x15\n\rangle_degrees\x18\x05 \x01(\x02\"#\n\x05Point\x12\x0c\n\x04x_px\x18\x01 \x01(\x02\x12\x0c\n\x04y_px\x18\x02 \x01(\x02\"3\n\x07Polygon\x12(\n\x06points\x18\x01 \x03(\x0b\x32\x18.ai4thai.vision.v1.Point\"A\n\nRunLengths\x12\x11\n\theight_px\x18\x01 \x01(\x05\x12\x10\n\x08width_px\x18\x02 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\"k\n\x04Mask\x12-\n\x07polygon\x18\x01 \x01(\x0b\x32\x1a.ai4thai.vision.v1.PolygonH\x00\x12,\n\x03rle\x18\x02 \x01(\x0b\x32\x1d.ai4thai.vision.v1.RunLengthsH\x00\x42\x06\n\x04\x66orm\"H\n\x08Keypoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04x_px\x18\x02 \x01(\x02\x12\x0c\n\x04y_px\x18\x03 \x01(\x02\x12\x12\n\nconfidence\x18\x04 \x01(\x02\"\x96\x02\n\tDetection\x12\r\n\x05label\x18\x01 \x01(\t\x12\x10\n\x08\x63lass_id\x18\x02 \x01(\x05\x12\x12\n\nconfidence\x18\x03 \x01(\x02\x12#\n\x03\x62ox\x18\x04 \x01(\x0b\x32\x16.ai4thai.vision.v1.Box\x12\x34\n\x0coriented_box\x18\x05 \x01(\x0b\x32\x1e.ai4thai.vision.v1.OrientedBox\x12%\n\x04mask\x18\x06 \x01(\x0b\x32\x17.ai4thai.vision.v1.Mask\x12.\n\tkeypoints\x18\x07 \x03(\x0b\x32\x1b.ai4thai.vision.v1.Keypoint\x12\x15\n\x08track_id\x18\x08 \x01(\x03H\x00\x88\x01\x01\x42\x0b\n\t_track_id\"E\n\x0e\x43lassification\x12\r\n\x05label\x18\x01 \x01(\t\x12\x10\n\x08\x63lass_id\x18\x02 \x01(\x05\x12\x12\n\nconfidence\x18\x03 \x01(\x02\"\x82\x01\n\x07Timings\x12\x11\n\tdecode_ms\x18\x01 \x01(\x02\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x14\n\x0cinference_ms\x18\x03 \x01(\x02\x12\x16\n\x0epostprocess_ms\x18\x04 \x01(\x02\x12\x10\n\x08total_ms\x18\x05 \x01(\x02\x12\x12\n\nbatch_size\x18\x06 \x01(\x05*O\n\x08MaskForm\x12\x19\n\x15MASK_FORM_UNSPECIFIED\x10\x00\x12\x15\n\x11MASK_FORM_POLYGON\x10\x01\x12\x11\n\rMASK_FORM_RLE\x10\x02*i\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x15\n\x11PRIORITY_STANDARD\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ai4thai.vision.v1.detection_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_MASKFORM']._serialized_start=1349
+  _globals['_MASKFORM']._serialized_end=1428
+  _globals['_PRIORITY']._serialized_start=1430
+  _globals['_PRIORITY']._serialized_end=1535
   _globals['_DETECTOPTIONS']._serialized_start=57
-  _globals['_DETECTOPTIONS']._serialized_end=278
-  _globals['_BOX']._serialized_start=280
-  _globals['_BOX']._serialized_end=357
-  _globals['_ORIENTEDBOX']._serialized_start=359
-  _globals['_ORIENTEDBOX']._serialized_end=474
-  _globals['_POINT']._serialized_start=476
-  _globals['_POINT']._serialized_end=511
-  _globals['_POLYGON']._serialized_start=513
-  _globals['_POLYGON']._serialized_end=564
-  _globals['_RUNLENGTHS']._serialized_start=566
-  _globals['_RUNLENGTHS']._serialized_end=631
-  _globals['_MASK']._serialized_start=633
-  _globals['_MASK']._serialized_end=740
-  _globals['_KEYPOINT']._serialized_start=742
-  _globals['_KEYPOINT']._serialized_end=814
-  _globals['_DETECTION']._serialized_start=817
-  _globals['_DETECTION']._serialized_end=1095
-  _globals['_CLASSIFICATION']._serialized_start=1097
-  _globals['_CLASSIFICATION']._serialized_end=1166
-  _globals['_TIMINGS']._serialized_start=1169
-  _globals['_TIMINGS']._serialized_end=1299
+  _globals['_DETECTOPTIONS']._serialized_end=326
+  _globals['_BOX']._serialized_start=328
+  _globals['_BOX']._serialized_end=405
+  _globals['_ORIENTEDBOX']._serialized_start=407
+  _globals['_ORIENTEDBOX']._serialized_end=522
+  _globals['_POINT']._serialized_start=524
+  _globals['_POINT']._serialized_end=559
+  _globals['_POLYGON']._serialized_start=561
+  _globals['_POLYGON']._serialized_end=612
+  _globals['_RUNLENGTHS']._serialized_start=614
+  _globals['_RUNLENGTHS']._serialized_end=679
+  _globals['_MASK']._serialized_start=681
+  _globals['_MASK']._serialized_end=788
+  _globals['_KEYPOINT']._serialized_start=790
+  _globals['_KEYPOINT']._serialized_end=862
+  _globals['_DETECTION']._serialized_start=865
+  _globals['_DETECTION']._serialized_end=1143
+  _globals['_CLASSIFICATION']._serialized_start=1145
+  _globals['_CLASSIFICATION']._serialized_end=1214
+  _globals['_TIMINGS']._serialized_start=1217
+  _globals['_TIMINGS']._serialized_end=1347
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,62 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _MaskForm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MaskFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MaskForm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MASK_FORM_UNSPECIFIED: _MaskForm.ValueType  # 0
+    """POLYGON."""
+    MASK_FORM_POLYGON: _MaskForm.ValueType  # 1
+    """The outline of the object's largest part: small, easy to draw, without holes."""
+    MASK_FORM_RLE: _MaskForm.ValueType  # 2
+    """Run lengths over the whole image: every part and hole, pixel by pixel."""
+
+class MaskForm(_MaskForm, metaclass=_MaskFormEnumTypeWrapper):
+    """How a mask is written."""
+
+MASK_FORM_UNSPECIFIED: MaskForm.ValueType  # 0
+"""POLYGON."""
+MASK_FORM_POLYGON: MaskForm.ValueType  # 1
+"""The outline of the object's largest part: small, easy to draw, without holes."""
+MASK_FORM_RLE: MaskForm.ValueType  # 2
+"""Run lengths over the whole image: every part and hole, pixel by pixel."""
+Global___MaskForm: _TypeAlias = MaskForm  # noqa: Y015
+
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """What the metadata says, else STANDARD."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody watches: before all others."""
+    PRIORITY_STANDARD: _Priority.ValueType  # 2
+    """The usual."""
+    PRIORITY_BATCH: _Priority.ValueType  # 3
+    """Work that can wait: jobs, imports."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Whose turn it is when more waits than can be computed. Who waits long enough moves up, so that nobody waits for ever.
+
+    A call may also say it in its metadata, as `x-priority: interactive`, `standard` or `batch` (a header of the same name in
+    HTTP); the field of the request wins. Another word is INVALID_ARGUMENT.
+    """
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""What the metadata says, else STANDARD."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody watches: before all others."""
+PRIORITY_STANDARD: Priority.ValueType  # 2
+"""The usual."""
+PRIORITY_BATCH: Priority.ValueType  # 3
+"""Work that can wait: jobs, imports."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class DetectOptions(_message.Message):
@@ -31,6 +88,7 @@ class DetectOptions(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     ANNOTATE_FIELD_NUMBER: _builtins.int
     MASKS_FIELD_NUMBER: _builtins.int
+    MASK_FORM_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The detector's name as ListModels gives it. Empty: the server's default detector. Unknown: NOT_FOUND."""
     min_confidence: _builtins.float
@@ -44,7 +102,9 @@ class DetectOptions(_message.Message):
     annotate: _builtins.bool
     """Also answer the picture with the boxes drawn into it, as JPEG in `annotated_image`. Default false."""
     masks: _builtins.bool
-    """Also answer masks, for models that segment. Default false. Not served yet: UNIMPLEMENTED."""
+    """Also answer masks, for models that segment; others answer none. Default false."""
+    mask_form: Global___MaskForm.ValueType
+    """How masks are written. Default: polygon."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these labels are answered. Empty: all. A label that the model does not know is INVALID_ARGUMENT."""
@@ -59,10 +119,11 @@ class DetectOptions(_message.Message):
         labels: _abc.Iterable[_builtins.str] | None = ...,
         annotate: _builtins.bool = ...,
         masks: _builtins.bool = ...,
+        mask_form: Global___MaskForm.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_iou_threshold", b"_iou_threshold", "_max_detections", b"_max_detections", "_min_confidence", b"_min_confidence", "iou_threshold", b"iou_threshold", "max_detections", b"max_detections", "min_confidence", b"min_confidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_iou_threshold", b"_iou_threshold", "_max_detections", b"_max_detections", "_min_confidence", b"_min_confidence", "annotate", b"annotate", "iou_threshold", b"iou_threshold", "labels", b"labels", "masks", b"masks", "max_detections", b"max_detections", "min_confidence", b"min_confidence", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_iou_threshold", b"_iou_threshold", "_max_detections", b"_max_detections", "_min_confidence", b"_min_confidence", "annotate", b"annotate", "iou_threshold", b"iou_threshold", "labels", b"labels", "mask_form", b"mask_form", "masks", b"masks", "max_detections", b"max_detections", "min_confidence", b"min_confidence", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__iou_threshold: _TypeAlias = _typing.Literal["iou_threshold"]  # noqa: Y015
     _WhichOneofArgType__iou_threshold: _TypeAlias = _typing.Literal["_iou_threshold", b"_iou_threshold"]  # noqa: Y015

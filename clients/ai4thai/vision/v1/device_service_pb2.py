@@ -26,7 +26,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&ai4thai/vision/v1/device_service.proto\x12\x11\x61i4thai.vision.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\"\xaf\x02\n\x06\x44\x65vice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x13\n\x0bmig_profile\x18\x04 \x01(\t\x12\x19\n\x11memory_used_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x03\x12\x18\n\x0butilization\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12 \n\x13temperature_celsius\x18\x08 \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x0bpower_watts\x18\t \x01(\x02H\x02\x88\x01\x01\x12\x12\n\nbusy_ratio\x18\n \x01(\x02\x12\x0c\n\x04kind\x18\x0b \x01(\tB\x0e\n\x0c_utilizationB\x16\n\x14_temperature_celsiusB\x0e\n\x0c_power_watts\"\x14\n\x12ListDevicesRequest\"A\n\x13ListDevicesResponse\x12*\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x19.ai4thai.vision.v1.Device\"B\n\x13WatchDevicesRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"B\n\x14WatchDevicesResponse\x12*\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x19.ai4thai.vision.v1.Device2\xe5\x01\n\rDeviceService\x12q\n\x0bListDevices\x12%.ai4thai.vision.v1.ListDevicesRequest\x1a&.ai4thai.vision.v1.ListDevicesResponse\"\x13\x82\xd3\xe4\x93\x02\r\x12\x0b/v1/devices\x12\x61\n\x0cWatchDevices\x12&.ai4thai.vision.v1.WatchDevicesRequest\x1a\'.ai4thai.vision.v1.WatchDevicesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&ai4thai/vision/v1/device_service.proto\x12\x11\x61i4thai.vision.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\"\xaf\x02\n\x06\x44\x65vice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x13\n\x0bmig_profile\x18\x04 \x01(\t\x12\x19\n\x11memory_used_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x03\x12\x18\n\x0butilization\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12 \n\x13temperature_celsius\x18\x08 \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x0bpower_watts\x18\t \x01(\x02H\x02\x88\x01\x01\x12\x12\n\nbusy_ratio\x18\n \x01(\x02\x12\x0c\n\x04kind\x18\x0b \x01(\tB\x0e\n\x0c_utilizationB\x16\n\x14_temperature_celsiusB\x0e\n\x0c_power_watts\"\x14\n\x12ListDevicesRequest\"A\n\x13ListDevicesResponse\x12*\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x19.ai4thai.vision.v1.Device\"B\n\x13WatchDevicesRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"B\n\x14WatchDevicesResponse\x12*\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x19.ai4thai.vision.v1.Device2\x80\x02\n\rDeviceService\x12q\n\x0bListDevices\x12%.ai4thai.vision.v1.ListDevicesRequest\x1a&.ai4thai.vision.v1.ListDevicesResponse\"\x13\x82\xd3\xe4\x93\x02\r\x12\x0b/v1/devices\x12|\n\x0cWatchDevices\x12&.ai4thai.vision.v1.WatchDevicesRequest\x1a\'.ai4thai.vision.v1.WatchDevicesResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/devices:watch0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DEVICESERVICE'].methods_by_name['ListDevices']._loaded_options = None
   _globals['_DEVICESERVICE'].methods_by_name['ListDevices']._serialized_options = b'\202\323\344\223\002\r\022\013/v1/devices'
+  _globals['_DEVICESERVICE'].methods_by_name['WatchDevices']._loaded_options = None
+  _globals['_DEVICESERVICE'].methods_by_name['WatchDevices']._serialized_options = b'\202\323\344\223\002\023\022\021/v1/devices:watch'
   _globals['_DEVICE']._serialized_start=124
   _globals['_DEVICE']._serialized_end=427
   _globals['_LISTDEVICESREQUEST']._serialized_start=429
@@ -46,5 +48,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHDEVICESRESPONSE']._serialized_start=586
   _globals['_WATCHDEVICESRESPONSE']._serialized_end=652
   _globals['_DEVICESERVICE']._serialized_start=655
-  _globals['_DEVICESERVICE']._serialized_end=884
+  _globals['_DEVICESERVICE']._serialized_end=911
 # @@protoc_insertion_point(module_scope)

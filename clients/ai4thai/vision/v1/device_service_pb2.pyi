@@ -142,7 +142,7 @@ class WatchDevicesRequest(_message.Message):
     INTERVAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
-        """Time between two messages; default 1 s."""
+        """Time between two messages. Range 0.1 s to 1 hour; default 1 s."""
 
     def __init__(
         self,

@@ -59,7 +59,8 @@ class DeviceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchDevices(self, request, context):
-        """Sends the devices again and again. Not served yet: UNIMPLEMENTED.
+        """Sends the devices at once, then again and again until the caller leaves or the server drains.
+        In JSON: one object a line (newline-delimited). Errors: INVALID_ARGUMENT (interval).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,9 @@ class DeviceServiceStub:
     ListDevices: _grpc.UnaryUnaryMultiCallable[_device_service_pb2.ListDevicesRequest, _device_service_pb2.ListDevicesResponse]
     """Lists the devices: GPUs as NVML sees them, the CPU where there is none."""
     WatchDevices: _grpc.UnaryStreamMultiCallable[_device_service_pb2.WatchDevicesRequest, _device_service_pb2.WatchDevicesResponse]
-    """Sends the devices again and again. Not served yet: UNIMPLEMENTED."""
+    """Sends the devices at once, then again and again until the caller leaves or the server drains.
+    In JSON: one object a line (newline-delimited). Errors: INVALID_ARGUMENT (interval).
+    """
 
 @_typing.type_check_only
 class DeviceServiceAsyncStub(DeviceServiceStub):
@@ -46,7 +48,9 @@ class DeviceServiceAsyncStub(DeviceServiceStub):
     ListDevices: _aio.UnaryUnaryMultiCallable[_device_service_pb2.ListDevicesRequest, _device_service_pb2.ListDevicesResponse]  # type: ignore[assignment]
     """Lists the devices: GPUs as NVML sees them, the CPU where there is none."""
     WatchDevices: _aio.UnaryStreamMultiCallable[_device_service_pb2.WatchDevicesRequest, _device_service_pb2.WatchDevicesResponse]  # type: ignore[assignment]
-    """Sends the devices again and again. Not served yet: UNIMPLEMENTED."""
+    """Sends the devices at once, then again and again until the caller leaves or the server drains.
+    In JSON: one object a line (newline-delimited). Errors: INVALID_ARGUMENT (interval).
+    """
 
 class DeviceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tells of the devices and how busy they are."""
@@ -65,6 +69,8 @@ class DeviceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _device_service_pb2.WatchDevicesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_device_service_pb2.WatchDevicesResponse], _abc.AsyncIterator[_device_service_pb2.WatchDevicesResponse]]:
-        """Sends the devices again and again. Not served yet: UNIMPLEMENTED."""
+        """Sends the devices at once, then again and again until the caller leaves or the server drains.
+        In JSON: one object a line (newline-delimited). Errors: INVALID_ARGUMENT (interval).
+        """
 
 def add_DeviceServiceServicer_to_server(servicer: DeviceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

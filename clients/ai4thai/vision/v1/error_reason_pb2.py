@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$ai4thai/vision/v1/error_reason.proto\x12\x11\x61i4thai.vision.v1*\xa9\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x01\x12!\n\x1d\x45RROR_REASON_IMAGE_UNREADABLE\x10\x02\x12 \n\x1c\x45RROR_REASON_IMAGE_TOO_LARGE\x10\x03\x12\x1c\n\x18\x45RROR_REASON_IMAGE_EMPTY\x10\x04\x12 \n\x1c\x45RROR_REASON_MODEL_NOT_FOUND\x10\x05\x12\x1e\n\x1a\x45RROR_REASON_MODEL_LOADING\x10\x06\x12\x1d\n\x19\x45RROR_REASON_MODEL_FAILED\x10\x07\x12\x1b\n\x17\x45RROR_REASON_WRONG_TASK\x10\x08\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\t\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\n\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\x0b\x12\x1f\n\x1b\x45RROR_REASON_NOT_SERVED_YET\x10\x0c\x12\x1c\n\x18\x45RROR_REASON_WRONG_ORDER\x10\r\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x0e\x12 \n\x1c\x45RROR_REASON_PROMPT_TOO_LONG\x10\x0f\x12#\n\x1f\x45RROR_REASON_MESSAGE_UNREADABLE\x10\x10\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$ai4thai/vision/v1/error_reason.proto\x12\x11\x61i4thai.vision.v1*\xec\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x01\x12!\n\x1d\x45RROR_REASON_IMAGE_UNREADABLE\x10\x02\x12 \n\x1c\x45RROR_REASON_IMAGE_TOO_LARGE\x10\x03\x12\x1c\n\x18\x45RROR_REASON_IMAGE_EMPTY\x10\x04\x12 \n\x1c\x45RROR_REASON_MODEL_NOT_FOUND\x10\x05\x12\x1e\n\x1a\x45RROR_REASON_MODEL_LOADING\x10\x06\x12\x1d\n\x19\x45RROR_REASON_MODEL_FAILED\x10\x07\x12\x1b\n\x17\x45RROR_REASON_WRONG_TASK\x10\x08\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\t\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\n\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\x0b\x12\x1f\n\x1b\x45RROR_REASON_NOT_SERVED_YET\x10\x0c\x12\x1c\n\x18\x45RROR_REASON_WRONG_ORDER\x10\r\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x0e\x12 \n\x1c\x45RROR_REASON_PROMPT_TOO_LONG\x10\x0f\x12#\n\x1f\x45RROR_REASON_MESSAGE_UNREADABLE\x10\x10\x12 \n\x1c\x45RROR_REASON_MEMORY_EXCEEDED\x10\x11\x12\x1f\n\x1b\x45RROR_REASON_MODEL_UNLOADED\x10\x12\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ai4thai.vision.v1.error_rea
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=60
-  _globals['_ERRORREASON']._serialized_end=613
+  _globals['_ERRORREASON']._serialized_end=680
 # @@protoc_insertion_point(module_scope)

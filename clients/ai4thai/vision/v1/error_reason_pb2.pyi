@@ -56,6 +56,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: the prompt does not fit into the model's context."""
     ERROR_REASON_MESSAGE_UNREADABLE: _ErrorReason.ValueType  # 16
     """INVALID_ARGUMENT or RESOURCE_EXHAUSTED: the message as a whole cannot be read (JSON) or is too large."""
+    ERROR_REASON_MEMORY_EXCEEDED: _ErrorReason.ValueType  # 17
+    """FAILED_PRECONDITION: the model does not fit into the memory that models may take; metadata has the numbers."""
+    ERROR_REASON_MODEL_UNLOADED: _ErrorReason.ValueType  # 18
+    """FAILED_PRECONDITION: the model is not in memory; LoadModel loads it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. ErrorInfo.reason is the value's name without `ERROR_REASON_`; ErrorInfo.domain is `vision.ai4thai`."""
@@ -94,4 +98,8 @@ ERROR_REASON_PROMPT_TOO_LONG: ErrorReason.ValueType  # 15
 """INVALID_ARGUMENT: the prompt does not fit into the model's context."""
 ERROR_REASON_MESSAGE_UNREADABLE: ErrorReason.ValueType  # 16
 """INVALID_ARGUMENT or RESOURCE_EXHAUSTED: the message as a whole cannot be read (JSON) or is too large."""
+ERROR_REASON_MEMORY_EXCEEDED: ErrorReason.ValueType  # 17
+"""FAILED_PRECONDITION: the model does not fit into the memory that models may take; metadata has the numbers."""
+ERROR_REASON_MODEL_UNLOADED: ErrorReason.ValueType  # 18
+"""FAILED_PRECONDITION: the model is not in memory; LoadModel loads it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

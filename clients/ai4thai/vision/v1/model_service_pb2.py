@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%ai4thai/vision/v1/model_service.proto\x12\x11\x61i4thai.vision.v1\x1a\x1cgoogle/api/annotations.proto\"\xac\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12%\n\x04task\x18\x03 \x01(\x0e\x32\x17.ai4thai.vision.v1.Task\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x11\n\tprecision\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12,\n\x05state\x18\x07 \x01(\x0e\x32\x1d.ai4thai.vision.v1.ModelState\x12\x15\n\rload_progress\x18\x08 \x01(\x02\x12\x0e\n\x06labels\x18\t \x03(\t\x12\x15\n\rinput_size_px\x18\n \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x0b \x01(\x03\x12\x14\n\x0cstate_reason\x18\x0c \x01(\t\x12\x12\n\nis_default\x18\r \x01(\x08\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.ai4thai.vision.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x10GetModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.ai4thai.vision.v1.Model\" \n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x11LoadModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.ai4thai.vision.v1.Model\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x13UnloadModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.ai4thai.vision.v1.Model*\x8d\x01\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTASK_DETECT\x10\x01\x12\x10\n\x0cTASK_SEGMENT\x10\x02\x12\r\n\tTASK_POSE\x10\x03\x12\x11\n\rTASK_CLASSIFY\x10\x04\x12\x17\n\x13TASK_ORIENTED_BOXES\x10\x05\x12\x11\n\rTASK_GENERATE\x10\x06*\xc1\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_PENDING\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x1a\n\x16MODEL_STATE_WARMING_UP\x10\x03\x12\x15\n\x11MODEL_STATE_READY\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x06\x32\xec\x03\n\x0cModelService\x12m\n\nListModels\x12$.ai4thai.vision.v1.ListModelsRequest\x1a%.ai4thai.vision.v1.ListModelsResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12n\n\x08GetModel\x12\".ai4thai.vision.v1.GetModelRequest\x1a#.ai4thai.vision.v1.GetModelResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/models/{name}\x12y\n\tLoadModel\x12#.ai4thai.vision.v1.LoadModelRequest\x1a$.ai4thai.vision.v1.LoadModelResponse\"!\x82\xd3\xe4\x93\x02\x1b\"\x16/v1/models/{name}:load:\x01*\x12\x81\x01\n\x0bUnloadModel\x12%.ai4thai.vision.v1.UnloadModelRequest\x1a&.ai4thai.vision.v1.UnloadModelResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/v1/models/{name}:unload:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%ai4thai/vision/v1/model_service.proto\x12\x11\x61i4thai.vision.v1\x1a\x1cgoogle/api/annotations.proto\"\xd5\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12%\n\x04task\x18\x03 \x01(\x0e\x32\x17.ai4thai.vision.v1.Task\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x11\n\tprecision\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12,\n\x05state\x18\x07 \x01(\x0e\x32\x1d.ai4thai.vision.v1.ModelState\x12\x15\n\rload_progress\x18\x08 \x01(\x02\x12\x0e\n\x06labels\x18\t \x03(\t\x12\x15\n\rinput_size_px\x18\n \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x0b \x01(\x03\x12\x14\n\x0cstate_reason\x18\x0c \x01(\t\x12\x12\n\nis_default\x18\r \x01(\x08\x12\x0f\n\x07\x61liases\x18\x0e \x03(\t\x12\x16\n\x0ekeypoint_names\x18\x0f \x03(\t\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.ai4thai.vision.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x10GetModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.ai4thai.vision.v1.Model\"1\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\"<\n\x11LoadModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.ai4thai.vision.v1.Model\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x13UnloadModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.ai4thai.vision.v1.Model*\x8d\x01\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTASK_DETECT\x10\x01\x12\x10\n\x0cTASK_SEGMENT\x10\x02\x12\r\n\tTASK_POSE\x10\x03\x12\x11\n\rTASK_CLASSIFY\x10\x04\x12\x17\n\x13TASK_ORIENTED_BOXES\x10\x05\x12\x11\n\rTASK_GENERATE\x10\x06*\xdb\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_PENDING\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x1a\n\x16MODEL_STATE_WARMING_UP\x10\x03\x12\x15\n\x11MODEL_STATE_READY\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x06\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x07\x32\xec\x03\n\x0cModelService\x12m\n\nListModels\x12$.ai4thai.vision.v1.ListModelsRequest\x1a%.ai4thai.vision.v1.ListModelsResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12n\n\x08GetModel\x12\".ai4thai.vision.v1.GetModelRequest\x1a#.ai4thai.vision.v1.GetModelResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/models/{name}\x12y\n\tLoadModel\x12#.ai4thai.vision.v1.LoadModelRequest\x1a$.ai4thai.vision.v1.LoadModelResponse\"!\x82\xd3\xe4\x93\x02\x1b\"\x16/v1/models/{name}:load:\x01*\x12\x81\x01\n\x0bUnloadModel\x12%.ai4thai.vision.v1.UnloadModelRequest\x1a&.ai4thai.vision.v1.UnloadModelResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/v1/models/{name}:unload:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,28 +40,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELSERVICE'].methods_by_name['LoadModel']._serialized_options = b'\202\323\344\223\002\033\"\026/v1/models/{name}:load:\001*'
   _globals['_MODELSERVICE'].methods_by_name['UnloadModel']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['UnloadModel']._serialized_options = b'\202\323\344\223\002\035\"\030/v1/models/{name}:unload:\001*'
-  _globals['_TASK']._serialized_start=769
-  _globals['_TASK']._serialized_end=910
-  _globals['_MODELSTATE']._serialized_start=913
-  _globals['_MODELSTATE']._serialized_end=1106
+  _globals['_TASK']._serialized_start=827
+  _globals['_TASK']._serialized_end=968
+  _globals['_MODELSTATE']._serialized_start=971
+  _globals['_MODELSTATE']._serialized_end=1190
   _globals['_MODEL']._serialized_start=91
-  _globals['_MODEL']._serialized_end=391
-  _globals['_LISTMODELSREQUEST']._serialized_start=393
-  _globals['_LISTMODELSREQUEST']._serialized_end=412
-  _globals['_LISTMODELSRESPONSE']._serialized_start=414
-  _globals['_LISTMODELSRESPONSE']._serialized_end=476
-  _globals['_GETMODELREQUEST']._serialized_start=478
-  _globals['_GETMODELREQUEST']._serialized_end=509
-  _globals['_GETMODELRESPONSE']._serialized_start=511
-  _globals['_GETMODELRESPONSE']._serialized_end=570
-  _globals['_LOADMODELREQUEST']._serialized_start=572
-  _globals['_LOADMODELREQUEST']._serialized_end=604
-  _globals['_LOADMODELRESPONSE']._serialized_start=606
-  _globals['_LOADMODELRESPONSE']._serialized_end=666
-  _globals['_UNLOADMODELREQUEST']._serialized_start=668
-  _globals['_UNLOADMODELREQUEST']._serialized_end=702
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=704
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=766
-  _globals['_MODELSERVICE']._serialized_start=1109
-  _globals['_MODELSERVICE']._serialized_end=1601
+  _globals['_MODEL']._serialized_end=432
+  _globals['_LISTMODELSREQUEST']._serialized_start=434
+  _globals['_LISTMODELSREQUEST']._serialized_end=453
+  _globals['_LISTMODELSRESPONSE']._serialized_start=455
+  _globals['_LISTMODELSRESPONSE']._serialized_end=517
+  _globals['_GETMODELREQUEST']._serialized_start=519
+  _globals['_GETMODELREQUEST']._serialized_end=550
+  _globals['_GETMODELRESPONSE']._serialized_start=552
+  _globals['_GETMODELRESPONSE']._serialized_end=611
+  _globals['_LOADMODELREQUEST']._serialized_start=613
+  _globals['_LOADMODELREQUEST']._serialized_end=662
+  _globals['_LOADMODELRESPONSE']._serialized_start=664
+  _globals['_LOADMODELRESPONSE']._serialized_end=724
+  _globals['_UNLOADMODELREQUEST']._serialized_start=726
+  _globals['_UNLOADMODELREQUEST']._serialized_end=760
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=762
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=824
+  _globals['_MODELSERVICE']._serialized_start=1193
+  _globals['_MODELSERVICE']._serialized_end=1685
 # @@protoc_insertion_point(module_scope)

@@ -79,6 +79,8 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     """It could not be loaded, or broke; `state_reason` says why."""
     MODEL_STATE_UNLOADING: _ModelState.ValueType  # 6
     """It finishes its running calls and takes no more."""
+    MODEL_STATE_UNLOADED: _ModelState.ValueType  # 7
+    """It is not in memory; LoadModel loads it."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """Where a model is in its life."""
@@ -97,6 +99,8 @@ MODEL_STATE_FAILED: ModelState.ValueType  # 5
 """It could not be loaded, or broke; `state_reason` says why."""
 MODEL_STATE_UNLOADING: ModelState.ValueType  # 6
 """It finishes its running calls and takes no more."""
+MODEL_STATE_UNLOADED: ModelState.ValueType  # 7
+"""It is not in memory; LoadModel loads it."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
@@ -118,14 +122,16 @@ class Model(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     STATE_REASON_FIELD_NUMBER: _builtins.int
     IS_DEFAULT_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    KEYPOINT_NAMES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in requests."""
     version: _builtins.str
-    """A short hash of its weights, or what the operator set."""
+    """What stands behind the `@` of its file's name, else a short hash of its weights. `name@version` calls this one and no other."""
     task: Global___Task.ValueType
     """What it is for."""
     engine: _builtins.str
-    """What runs it: `pytorch`, `transformers`."""
+    """What runs it: `pytorch`, `openvino`, `onnxruntime`, `tensorrt`, `transformers`."""
     precision: _builtins.str
     """The numbers it computes with: `fp32`, `fp16`, `bf16`, `int8`, `nf4`."""
     device: _builtins.str
@@ -146,6 +152,14 @@ class Model(_message.Message):
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The labels it can answer; empty for describers."""
 
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other names that it answers to."""
+
+    @_builtins.property
+    def keypoint_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of its keypoints, in their order; empty unless it finds some."""
+
     def __init__(
         self,
         *,
@@ -162,10 +176,12 @@ class Model(_message.Message):
         memory_bytes: _builtins.int = ...,
         state_reason: _builtins.str = ...,
         is_default: _builtins.bool = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        keypoint_names: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "engine", b"engine", "input_size_px", b"input_size_px", "is_default", b"is_default", "labels", b"labels", "load_progress", b"load_progress", "memory_bytes", b"memory_bytes", "name", b"name", "precision", b"precision", "state", b"state", "state_reason", b"state_reason", "task", b"task", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "device", b"device", "engine", b"engine", "input_size_px", b"input_size_px", "is_default", b"is_default", "keypoint_names", b"keypoint_names", "labels", b"labels", "load_progress", b"load_progress", "memory_bytes", b"memory_bytes", "name", b"name", "precision", b"precision", "state", b"state", "state_reason", b"state_reason", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -197,7 +213,7 @@ class ListModelsResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """All of them, in the operator's order."""
+        """All of them: those that the server was told to serve in the operator's order, then the others by name."""
 
     def __init__(
         self,
@@ -265,16 +281,24 @@ class LoadModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Its name: a file or folder of the model directory. Required."""
+    """Its name: a shipped model, or a file or folder of the model directory, with or without its ending. Required."""
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other names that it shall answer to from now on; a name that another model answers to moves over at the swap.
+        At most 8. The name of a model is INVALID_ARGUMENT.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -282,14 +306,14 @@ Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
 
 @_typing.final
 class LoadModelResponse(_message.Message):
-    """The model that is being loaded."""
+    """The model that was loaded."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model."""
+        """The model, ready."""
 
     def __init__(
         self,

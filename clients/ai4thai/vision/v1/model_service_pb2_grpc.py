@@ -27,6 +27,9 @@ if _version_not_supported:
 
 class ModelServiceStub:
     """Tells which models there are; loads and unloads them.
+
+    A model is called by its name, by `name@version`, or by an alias. Its weights lie in the server's model directory, where the
+    operator put them; a caller can name them, never send a path.
     """
 
     def __init__(self, channel):
@@ -59,10 +62,13 @@ class ModelServiceStub:
 
 class ModelServiceServicer:
     """Tells which models there are; loads and unloads them.
+
+    A model is called by its name, by `name@version`, or by an alias. Its weights lie in the server's model directory, where the
+    operator put them; a caller can name them, never send a path.
     """
 
     def ListModels(self, request, context):
-        """Lists the models that the server was told to serve, loaded or not.
+        """Lists the models that the server was told to serve and those of its model directory, loaded or not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,14 +82,17 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a model from the model directory. Not served yet: UNIMPLEMENTED.
+        """Loads a model, or loads it anew when its weights have changed: load, warm up, swap, let the old one's calls end. Until the swap
+        the old one answers, and all other models stay ready. Answers when the model is ready; a caller that leaves does not stop it.
+        GetModel tells how far it is. Errors: NOT_FOUND (no such weights), FAILED_PRECONDITION (MEMORY_EXCEEDED: the metadata has the
+        numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), UNAVAILABLE (draining).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Lets a model's running calls end, then frees its memory. Not served yet: UNIMPLEMENTED.
+        """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,6 +131,9 @@ def add_ModelServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
     """Tells which models there are; loads and unloads them.
+
+    A model is called by its name, by `name@version`, or by an alias. Its weights lie in the server's model directory, where the
+    operator put them; a caller can name them, never send a path.
     """
 
     @staticmethod

@@ -27,37 +27,57 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """Tells which models there are; loads and unloads them."""
+    """Tells which models there are; loads and unloads them.
+
+    A model is called by its name, by `name@version`, or by an alias. Its weights lie in the server's model directory, where the
+    operator put them; a caller can name them, never send a path.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
-    """Lists the models that the server was told to serve, loaded or not."""
+    """Lists the models that the server was told to serve and those of its model directory, loaded or not."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     """Tells of one model. Errors: NOT_FOUND."""
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.LoadModelRequest, _model_service_pb2.LoadModelResponse]
-    """Loads a model from the model directory. Not served yet: UNIMPLEMENTED."""
+    """Loads a model, or loads it anew when its weights have changed: load, warm up, swap, let the old one's calls end. Until the swap
+    the old one answers, and all other models stay ready. Answers when the model is ready; a caller that leaves does not stop it.
+    GetModel tells how far it is. Errors: NOT_FOUND (no such weights), FAILED_PRECONDITION (MEMORY_EXCEEDED: the metadata has the
+    numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), UNAVAILABLE (draining).
+    """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.UnloadModelRequest, _model_service_pb2.UnloadModelResponse]
-    """Lets a model's running calls end, then frees its memory. Not served yet: UNIMPLEMENTED."""
+    """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """Tells which models there are; loads and unloads them."""
+    """Tells which models there are; loads and unloads them.
+
+    A model is called by its name, by `name@version`, or by an alias. Its weights lie in the server's model directory, where the
+    operator put them; a caller can name them, never send a path.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models that the server was told to serve, loaded or not."""
+    """Lists the models that the server was told to serve and those of its model directory, loaded or not."""
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Tells of one model. Errors: NOT_FOUND."""
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.LoadModelRequest, _model_service_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads a model from the model directory. Not served yet: UNIMPLEMENTED."""
+    """Loads a model, or loads it anew when its weights have changed: load, warm up, swap, let the old one's calls end. Until the swap
+    the old one answers, and all other models stay ready. Answers when the model is ready; a caller that leaves does not stop it.
+    GetModel tells how far it is. Errors: NOT_FOUND (no such weights), FAILED_PRECONDITION (MEMORY_EXCEEDED: the metadata has the
+    numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), UNAVAILABLE (draining).
+    """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.UnloadModelRequest, _model_service_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Lets a model's running calls end, then frees its memory. Not served yet: UNIMPLEMENTED."""
+    """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells which models there are; loads and unloads them."""
+    """Tells which models there are; loads and unloads them.
+
+    A model is called by its name, by `name@version`, or by an alias. Its weights lie in the server's model directory, where the
+    operator put them; a caller can name them, never send a path.
+    """
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -65,7 +85,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListModelsResponse, _abc.Awaitable[_model_service_pb2.ListModelsResponse]]:
-        """Lists the models that the server was told to serve, loaded or not."""
+        """Lists the models that the server was told to serve and those of its model directory, loaded or not."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -81,7 +101,11 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.LoadModelResponse, _abc.Awaitable[_model_service_pb2.LoadModelResponse]]:
-        """Loads a model from the model directory. Not served yet: UNIMPLEMENTED."""
+        """Loads a model, or loads it anew when its weights have changed: load, warm up, swap, let the old one's calls end. Until the swap
+        the old one answers, and all other models stay ready. Answers when the model is ready; a caller that leaves does not stop it.
+        GetModel tells how far it is. Errors: NOT_FOUND (no such weights), FAILED_PRECONDITION (MEMORY_EXCEEDED: the metadata has the
+        numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), UNAVAILABLE (draining).
+        """
 
     @_abc_1.abstractmethod
     def UnloadModel(
@@ -89,6 +113,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.UnloadModelResponse, _abc.Awaitable[_model_service_pb2.UnloadModelResponse]]:
-        """Lets a model's running calls end, then frees its memory. Not served yet: UNIMPLEMENTED."""
+        """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,9 +37,9 @@ class _TrackerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tracker.Value
     TRACKER_NONE: _Tracker.ValueType  # 1
     """None."""
     TRACKER_BYTETRACK: _Tracker.ValueType  # 2
-    """ByteTrack (Zhang et al. 2022). Not served yet: UNIMPLEMENTED."""
+    """ByteTrack (Zhang et al. 2022): joins boxes by their motion. Of models that find boxes, masks, keypoints or oriented boxes."""
     TRACKER_BOTSORT: _Tracker.ValueType  # 3
-    """BoT-SORT (Aharon et al. 2022). Not served yet: UNIMPLEMENTED."""
+    """BoT-SORT (Aharon et al. 2022): ByteTrack that also makes up for a camera that moves; costs more for each frame."""
 
 class Tracker(_Tracker, metaclass=_TrackerEnumTypeWrapper):
     """Which tracker gives objects their numbers through a stream."""
@@ -49,9 +49,9 @@ TRACKER_UNSPECIFIED: Tracker.ValueType  # 0
 TRACKER_NONE: Tracker.ValueType  # 1
 """None."""
 TRACKER_BYTETRACK: Tracker.ValueType  # 2
-"""ByteTrack (Zhang et al. 2022). Not served yet: UNIMPLEMENTED."""
+"""ByteTrack (Zhang et al. 2022): joins boxes by their motion. Of models that find boxes, masks, keypoints or oriented boxes."""
 TRACKER_BOTSORT: Tracker.ValueType  # 3
-"""BoT-SORT (Aharon et al. 2022). Not served yet: UNIMPLEMENTED."""
+"""BoT-SORT (Aharon et al. 2022): ByteTrack that also makes up for a camera that moves; costs more for each frame."""
 Global___Tracker: _TypeAlias = Tracker  # noqa: Y015
 
 class _Overflow:
@@ -65,7 +65,7 @@ class _OverflowEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Overflow.Val
     OVERFLOW_BLOCK: _Overflow.ValueType  # 1
     """The server stops reading until a frame is answered: the sender waits, no frame is lost."""
     OVERFLOW_DROP_OLDEST: _Overflow.ValueType  # 2
-    """The oldest waiting frame is dropped and answered as such. Not served yet: UNIMPLEMENTED."""
+    """The oldest frame that waits is dropped and answered as such, so that the latest ones are always looked at: for cameras."""
 
 class Overflow(_Overflow, metaclass=_OverflowEnumTypeWrapper):
     """What happens to frames that come faster than they are answered."""
@@ -75,7 +75,7 @@ OVERFLOW_UNSPECIFIED: Overflow.ValueType  # 0
 OVERFLOW_BLOCK: Overflow.ValueType  # 1
 """The server stops reading until a frame is answered: the sender waits, no frame is lost."""
 OVERFLOW_DROP_OLDEST: Overflow.ValueType  # 2
-"""The oldest waiting frame is dropped and answered as such. Not served yet: UNIMPLEMENTED."""
+"""The oldest frame that waits is dropped and answered as such, so that the latest ones are always looked at: for cameras."""
 Global___Overflow: _TypeAlias = Overflow  # noqa: Y015
 
 @_typing.final
@@ -86,6 +86,9 @@ class DetectRequest(_message.Message):
 
     IMAGE_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    priority: _detection_pb2.Priority.ValueType
+    """Whose turn it is when the server is busy. Default: STANDARD."""
     @_builtins.property
     def image(self) -> _image_pb2.Image:
         """The image. Required."""
@@ -99,10 +102,11 @@ class DetectRequest(_message.Message):
         *,
         image: _image_pb2.Image | None = ...,
         options: _detection_pb2.DetectOptions | None = ...,
+        priority: _detection_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "options", b"options", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -206,12 +210,15 @@ class StreamConfig(_message.Message):
     TRACKER_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
     MAX_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     tracker: Global___Tracker.ValueType
     """Default: none."""
     overflow: Global___Overflow.ValueType
     """Default: block."""
     max_in_flight: _builtins.int
     """How many frames may be worked on at once. Range 1 to the server's `limits.max_stream_in_flight`; 0 or absent: the server's default."""
+    priority: _detection_pb2.Priority.ValueType
+    """Whose turn it is when the server is busy. Default: STANDARD."""
     @_builtins.property
     def options(self) -> _detection_pb2.DetectOptions:
         """How to detect, for every frame."""
@@ -223,10 +230,11 @@ class StreamConfig(_message.Message):
         tracker: Global___Tracker.ValueType = ...,
         overflow: Global___Overflow.ValueType = ...,
         max_in_flight: _builtins.int = ...,
+        priority: _detection_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_in_flight", b"max_in_flight", "options", b"options", "overflow", b"overflow", "tracker", b"tracker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_in_flight", b"max_in_flight", "options", b"options", "overflow", b"overflow", "priority", b"priority", "tracker", b"tracker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -540,10 +548,13 @@ class AnalyzeRequest(_message.Message):
     DETECT_OPTIONS_FIELD_NUMBER: _builtins.int
     GENERATE_OPTIONS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     question: _builtins.str
     """The question, in any language the describer speaks. Required."""
     model: _builtins.str
     """The describer's name. Empty: the server's default describer."""
+    priority: _detection_pb2.Priority.ValueType
+    """Whose turn it is when the server is busy. Default: STANDARD."""
     @_builtins.property
     def image(self) -> _image_pb2.Image:
         """The image. Required."""
@@ -564,10 +575,11 @@ class AnalyzeRequest(_message.Message):
         detect_options: _detection_pb2.DetectOptions | None = ...,
         generate_options: _generation_pb2.GenerateOptions | None = ...,
         model: _builtins.str = ...,
+        priority: _detection_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["detect_options", b"detect_options", "generate_options", b"generate_options", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detect_options", b"detect_options", "generate_options", b"generate_options", "image", b"image", "model", b"model", "question", b"question"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detect_options", b"detect_options", "generate_options", b"generate_options", "image", b"image", "model", b"model", "priority", b"priority", "question", b"question"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -667,7 +679,9 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What this server can do, as documented words: `detect`, `detect_stream`, `generate`, `analyze`, `annotate`."""
+        """What this server can do, as documented words: `detect`, `detect_stream`, `generate`, `analyze`,
+        `annotate`, `masks`, `track`, `drop_oldest`, `load_model`, `watch_devices`.
+        """
 
     def __init__(
         self,
@@ -702,6 +716,8 @@ class Limits(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_GENERATIONS_FIELD_NUMBER: _builtins.int
     MAX_IMAGES_PER_REQUEST_FIELD_NUMBER: _builtins.int
+    MAX_STREAMS_FIELD_NUMBER: _builtins.int
+    MAX_MODEL_BYTES_FIELD_NUMBER: _builtins.int
     max_image_bytes: _builtins.int
     """Bytes of one image."""
     max_image_pixels: _builtins.int
@@ -718,6 +734,10 @@ class Limits(_message.Message):
     """Generations waiting for one describer."""
     max_images_per_request: _builtins.int
     """Images in one conversation."""
+    max_streams: _builtins.int
+    """Streams that may be open at once."""
+    max_model_bytes: _builtins.int
+    """Bytes that all models together may take."""
     def __init__(
         self,
         *,
@@ -729,10 +749,12 @@ class Limits(_message.Message):
         max_new_tokens: _builtins.int = ...,
         max_queued_generations: _builtins.int = ...,
         max_images_per_request: _builtins.int = ...,
+        max_streams: _builtins.int = ...,
+        max_model_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_images_per_request", b"max_images_per_request", "max_message_bytes", b"max_message_bytes", "max_new_tokens", b"max_new_tokens", "max_queued_generations", b"max_queued_generations", "max_queued_images", b"max_queued_images", "max_stream_in_flight", b"max_stream_in_flight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_images_per_request", b"max_images_per_request", "max_message_bytes", b"max_message_bytes", "max_model_bytes", b"max_model_bytes", "max_new_tokens", b"max_new_tokens", "max_queued_generations", b"max_queued_generations", "max_queued_images", b"max_queued_images", "max_stream_in_flight", b"max_stream_in_flight", "max_streams", b"max_streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
