@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import time
 import traceback
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
+from prometheus_client import Counter
 
 from serving import telemetry
 from serving.errors import Code, ServiceError
@@ -37,20 +39,27 @@ _PEER = re.compile(r"unix-abstract:(?:\\0|\0|%00)?peer/(?P<address>.+)/\d+")
 
 def caller(context: Any) -> str:
     """Who calls, as `address:port`; through the HTTP face too."""
-    peer = unquote(context.peer())
-    if match := _PEER.match(peer):
-        return match["address"]
+    peer = context.peer()
+    if address := _address(peer):
+        return address
     for key, value in context.invocation_metadata() or ():
         if key == HTTP_CALLER:
             return str(value)
-    return str(peer)
+    return unquote(peer)
 
 
 def new_request_id(offered: str | None) -> str:
     """The caller's id when it is a sane one, a fresh one otherwise."""
     if offered and _REQUEST_ID_FORM.fullmatch(offered):
         return offered
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
+
+
+@lru_cache(maxsize=1024)  # a connection's name stays the same for all its calls
+def _address(peer: str) -> str | None:
+    """`address:port` of a connection that came through the port; None: it came another way."""
+    match = _PEER.match(unquote(peer))
+    return match["address"] if match else None
 
 
 class Method:
@@ -63,10 +72,14 @@ class Method:
         self.quiet = self.service.startswith(_QUIET)
         self.started = telemetry.CALLS_STARTED.labels(self.service, self.name)
         self.seconds = telemetry.CALL_SECONDS.labels(self.service, self.name)
+        self._handled: dict[str, Counter] = {}
 
     def count_handled(self, code: str, seconds: float) -> None:
         """Counts a call that has ended."""
-        telemetry.CALLS_HANDLED.labels(self.service, self.name, code).inc()
+        handled = self._handled.get(code)
+        if handled is None:
+            handled = self._handled[code] = telemetry.CALLS_HANDLED.labels(self.service, self.name, code)
+        handled.inc()
         self.seconds.observe(seconds)
 
 
@@ -85,7 +98,10 @@ class Call:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps each call in `async with identified, counted, logged, translated`."""
+    """Wraps each call: it is begun (id, counts), answered, its error translated, ended (counts, log line).
+
+    Plain functions, not context managers one in another: those took longer than all the rest of a small call.
+    """
 
     def __init__(self, domain: str, *, access_log: bool, max_concurrent_calls: int) -> None:
         self._domain = domain
@@ -113,22 +129,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """The four shapes of a method come down to two."""
 
         async def answer_one(request: Any, context: Any) -> Any:
-            answering = (handler.stream_unary or handler.unary_unary)(request, context)
-            del request
-            with closing(answering):  # also when it is refused before it has begun
-                async with self._around(method, context):
-                    return await answering
+            call = self._begin(method, context)
+            try:
+                self._check_room(method)
+                return await (handler.stream_unary or handler.unary_unary)(request, context)
+            except BaseException as error:
+                request = None  # grpc keeps this frame for a while (see _tell)
+                await self._tell(error, call, context)
+                raise
+            finally:
+                self._end(call)
 
         async def answer_many(request: Any, context: Any) -> AsyncIterator[Any]:
-            answering = (handler.stream_stream or handler.unary_stream)(request, context)
-            del request
-            async with (
-                self._around(method, context),
+            call = self._begin(method, context)
+            try:
+                self._check_room(method)
+                answering = (handler.stream_stream or handler.unary_stream)(request, context)
+                request = None  # not held as long as the stream lasts
                 # The inner generator ends with the outer one, also when the caller leaves between two messages.
-                aclosing(answering) as responses,
-            ):
-                async for response in responses:
-                    yield response
+                async with aclosing(answering) as responses:
+                    async for response in responses:
+                        yield response
+            except BaseException as error:
+                request = None
+                await self._tell(error, call, context)
+                raise
+            finally:
+                self._end(call)
 
         make: Any = {
             (False, False): grpc.unary_unary_rpc_method_handler,
@@ -142,14 +169,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    @asynccontextmanager
-    async def _around(self, method: Method, context: Any) -> AsyncIterator[None]:
-        metadata = dict(context.invocation_metadata() or ())
-        call = Call(method, new_request_id(metadata.get(REQUEST_ID)), caller(context))
-        with self._identified(call, context), self._counted(call), self._logged(call):
-            async with self._translated(call, context):
-                self._check_room(method)
-                yield
+    def _begin(self, method: Method, context: Any) -> Call:
+        offered = None
+        for key, value in context.invocation_metadata() or ():
+            if key == REQUEST_ID:
+                offered = value
+        call = Call(method, new_request_id(offered), caller(context))
+        request_id.set(call.request_id)  # for this call's task alone: grpc.aio gives each call one of its own
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        method.started.inc()
+        # A balancer's or a client's health Watch lives as long as its connection: it is no work and takes nobody's place.
+        if not method.quiet:
+            self._in_flight += 1
+            telemetry.CALLS_IN_FLIGHT.inc()
+        return call
+
+    def _end(self, call: Call) -> None:
+        if not call.method.quiet:
+            self._in_flight -= 1
+            telemetry.CALLS_IN_FLIGHT.dec()
+        call.seconds = time.perf_counter() - call.began_s
+        # After the answer is on its way: the caller need not wait for our bookkeeping.
+        asyncio.get_running_loop().call_soon(self._note, call)
+
+    def _note(self, call: Call) -> None:
+        call.method.count_handled(call.code, call.seconds)
+        if self._access_log:
+            _log_call(call)
 
     def _check_room(self, method: Method) -> None:
         if self._in_flight > self._max_concurrent_calls and not method.quiet:
@@ -161,78 +207,37 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 metadata={"limit": self._max_concurrent_calls},
             )
 
-    @contextmanager
-    def _identified(self, call: Call, context: Any) -> Iterator[None]:
-        token = request_id.set(call.request_id)
-        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        try:
-            yield
-        finally:
-            # A stream that its caller abandons is closed from another context, where the token means nothing.
-            try:
-                request_id.reset(token)
-            except ValueError:
-                request_id.set("")
-
-    @contextmanager
-    def _counted(self, call: Call) -> Iterator[None]:
-        call.method.started.inc()
-        # A balancer's or a client's health Watch lives as long as its connection: it is no work and takes nobody's place.
-        weight = 0 if call.method.quiet else 1
-        telemetry.CALLS_IN_FLIGHT.inc(weight)
-        self._in_flight += weight
-        try:
-            yield
-        finally:
-            self._in_flight -= weight
-            telemetry.CALLS_IN_FLIGHT.dec(weight)
-            call.seconds = time.perf_counter() - call.began_s
-            # After the answer is on its way: the caller need not wait for our bookkeeping.
-            asyncio.get_running_loop().call_soon(call.method.count_handled, call.code, call.seconds)
-
-    @contextmanager
-    def _logged(self, call: Call) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            if self._access_log:
-                call.seconds = time.perf_counter() - call.began_s
-                asyncio.get_running_loop().call_soon(_log_call, call)
-
-    @asynccontextmanager
-    async def _translated(self, call: Call, context: Any) -> AsyncIterator[None]:
-        try:
-            yield
-        except GeneratorExit:
+    async def _tell(self, error: BaseException, call: Call, context: Any) -> None:
+        """Notes how the call failed and tells its caller; returns when there is nobody to tell, or it has been told already."""
+        if isinstance(error, GeneratorExit):
             call.code = Code.CANCELLED
-            raise
-        except grpc.aio.AbortError:
+            return
+        if isinstance(error, grpc.aio.AbortError):
             # Foreign servicers (health, reflection) abort by themselves.
             call.code = getattr(context.code(), "name", None) or "UNKNOWN"
-            raise
-        except BaseException as error:
-            failure = from_exception(error)
-            call.code, call.reason, call.message = failure.code, failure.reason, str(failure)
-            if failure.code == Code.CANCELLED:
-                if (context.time_remaining() or 1) <= 0:
-                    call.code = Code.DEADLINE_EXCEEDED
-                raise  # the caller has left; there is nobody to tell
-            if failure.code == Code.INTERNAL and not isinstance(error, ServiceError):
-                _log.exception("a fault of our own", method=call.method.path, request_id=call.request_id)
-            if not isinstance(error, Exception):
-                raise
-            status, grpc_code = to_status(failure, self._domain), GRPC_CODE[failure.code]
-            # grpc keeps the AbortError in a cycle (RPCState -> AbortError -> its traceback -> frames -> context -> RPCState)
-            # until the garbage collector comes by; the handler's frames in it would keep the request, images and all.
-            traceback.clear_frames(error.__traceback__)
-            trailers: list[tuple[str, str | bytes]] = [
-                (_DETAILS, status.SerializeToString()),
-                (REQUEST_ID, call.request_id),
-            ]
-            if failure.retry_after_s is not None:
-                # What RetryInfo tells people, this tells gRPC's own retries (gRFC A6).
-                trailers.append((_PUSHBACK, str(round(failure.retry_after_s * 1000))))
-            await context.abort(grpc_code, status.message, tuple(trailers))
+            return
+        failure = from_exception(error)
+        call.code, call.reason, call.message = failure.code, failure.reason, str(failure)
+        if failure.code == Code.CANCELLED:
+            if (context.time_remaining() or 1) <= 0:
+                call.code = Code.DEADLINE_EXCEEDED
+            return  # the caller has left
+        if failure.code == Code.INTERNAL and not isinstance(error, ServiceError):
+            _log.exception("a fault of our own", method=call.method.path, request_id=call.request_id)
+        if not isinstance(error, Exception):
+            return
+        status, grpc_code = to_status(failure, self._domain), GRPC_CODE[failure.code]
+        # grpc keeps the AbortError in a cycle (RPCState -> AbortError -> its traceback -> frames -> context -> RPCState)
+        # until the garbage collector comes by; the handler's frames in it would keep the request, images and all.
+        traceback.clear_frames(error.__traceback__)
+        trailers: list[tuple[str, str | bytes]] = [
+            (_DETAILS, status.SerializeToString()),
+            (REQUEST_ID, call.request_id),
+        ]
+        if failure.retry_after_s is not None:
+            # What RetryInfo tells people, this tells gRPC's own retries (gRFC A6).
+            trailers.append((_PUSHBACK, str(round(failure.retry_after_s * 1000))))
+        await context.abort(grpc_code, status.message, tuple(trailers))
 
 
 def _log_call(call: Call) -> None:
