@@ -237,7 +237,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if failure.retry_after_s is not None:
             # What RetryInfo tells people, this tells gRPC's own retries (gRFC A6).
             trailers.append((_PUSHBACK, str(round(failure.retry_after_s * 1000))))
-        await context.abort(grpc_code, status.message, tuple(trailers))
+        try:
+            await context.abort(grpc_code, status.message, tuple(trailers))
+        except grpc.aio.InternalError:  # not exported more exactly: the call had ended when its status was to be sent
+            call.code = Code.DEADLINE_EXCEEDED if (context.time_remaining() or 1) <= 0 else Code.CANCELLED
+            raise asyncio.CancelledError from None  # grpc would log anything else as a fault of ours
 
 
 def _log_call(call: Call) -> None:

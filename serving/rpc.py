@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -24,6 +25,15 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
+class _CallersWhoLeft(logging.Filter):
+    """Drops what grpc logs, with a traceback, when a caller has gone before its answer could be sent: that is no fault."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to keep the line."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, grpc.aio.InternalError) and "execute_batch" in str(error))
+
+
 def build_server(
     add_services: Callable[[grpc.aio.Server], None],
     service_names: Sequence[str],
@@ -32,6 +42,7 @@ def build_server(
     serving: ServingSettings,
 ) -> grpc.aio.Server:
     """A server that is not started yet and has no port yet."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_CallersWhoLeft())
     server = grpc.aio.server(
         interceptors=[
             CallInterceptor(domain, access_log=serving.access_log, max_concurrent_calls=serving.max_concurrent_calls)
