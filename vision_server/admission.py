@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
-from collections import deque
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 from vision_server.errors import QueueFull
+from vision_server.line import Line
+from vision_server.requests import Priority
+
+SHARES = (1.0, 0.9, 0.75, 0.6)
+"""How full the server may become through callers of each level: INTERACTIVE, STANDARD, BATCH, and BATCH that may wait.
+
+So those who can wait longer never take the last places from those who cannot. A caller that may wait (a stream, which has
+its next frames wait instead of being refused) counts one level lower than one of its priority that may not. Shares are
+rounded up to whole images; an empty server takes any image.
+"""
 
 
 class GivenBack(Exception):
@@ -19,9 +30,10 @@ class GivenBack(Exception):
 class Place:
     """The room that one image takes; give it back with `with`. May grow from any thread."""
 
-    def __init__(self, admission: Admission, size_bytes: int) -> None:
+    def __init__(self, admission: Admission, size_bytes: int, level: int) -> None:
         self._admission = admission
         self._size_bytes = size_bytes
+        self._level = level
         # A caller may leave while a thread is about to decode for it: what has been given back must not grow again.
         self._lock = threading.Lock()
         self._given_back = False
@@ -34,8 +46,16 @@ class Place:
         with self._lock:
             if self._given_back:
                 raise GivenBack
-            self._admission._take(0, more_bytes)
+            self._admission._take(0, more_bytes, self._level)
             self._size_bytes += more_bytes
+
+    def give_back(self) -> None:
+        """Makes room for others; on the event loop's thread."""
+        with self._lock:
+            if self._given_back:
+                return
+            self._given_back = True
+        self._admission._leave(self._size_bytes)
 
     def __enter__(self) -> Place:
         return self
@@ -43,26 +63,38 @@ class Place:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
-            self._given_back = True
-        self._admission._leave(self._size_bytes)
+        self.give_back()
+
+
+@dataclass(eq=False, slots=True)
+class _Turn:
+    """Someone who waits to be let in."""
+
+    size_bytes: int
+    level: int
+    entered_s: float
+    future: asyncio.Future[Place]
 
 
 class Admission:
-    """Lets images in while there is room for their number and bytes.
+    """Lets images in while there is room for their number and bytes: SHARES of it, by priority.
 
-    `estimate_s` tells refused callers when to come back. Callers that may wait (streams) are let in first come, first
-    served; enter() and enter_when_free() belong to the event loop's thread.
+    `estimate_s` tells refused callers when to come back. Callers that may wait (streams) are let in by priority and age, as in
+    Line, and move up a level for each `ageing_ms` waited: those who keep the server nearly full cannot keep them out for
+    ever. enter() and enter_when_free() belong to the event loop's thread.
     """
 
-    def __init__(self, *, max_images: int, max_bytes: int, estimate_s: Callable[[], float]) -> None:
-        self._max_images = max_images
-        self._max_bytes = max_bytes
+    def __init__(
+        self, *, max_images: int, max_bytes: int, estimate_s: Callable[[], float], ageing_ms: float = 500.0
+    ) -> None:
+        self._max_images = tuple(math.ceil(max_images * share) for share in SHARES)
+        self._max_bytes = tuple(math.ceil(max_bytes * share) for share in SHARES)
         self._estimate_s = estimate_s
+        self._ageing_s = ageing_ms / 1000
         self._images = 0
         self._bytes = 0
         self._lock = threading.Lock()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._line: Line[_Turn] = Line(self._ageing_s)
 
     @property
     def image_count(self) -> int:
@@ -74,66 +106,69 @@ class Admission:
         """Bytes held now."""
         return self._bytes
 
-    def enter(self, size_bytes: int) -> Place:
+    def enter(self, size_bytes: int, priority: Priority = Priority.STANDARD) -> Place:
         """A place for an image of that many bytes; raises QueueFull when there is none."""
-        self._take(1, size_bytes)
-        return Place(self, size_bytes)
+        self._take(1, size_bytes, priority)
+        return Place(self, size_bytes, priority)
 
-    async def enter_when_free(self, size_bytes: int) -> Place:
+    async def enter_when_free(self, size_bytes: int, priority: Priority = Priority.STANDARD) -> Place:
         """A place for an image, waiting for one if need be."""
-        turn: asyncio.Future[None] | None = None
-        while True:
-            try:
-                place = self.enter(size_bytes)
-            except QueueFull:
-                # One that was woken and still does not fit keeps its turn; a new one goes to the end of the line.
-                queue = self._waiting.append if turn is None else self._waiting.appendleft
-                turn = asyncio.get_running_loop().create_future()
-                queue(turn)
-                await self._turn(turn)
-            else:
-                if turn is not None:
-                    self._wake()  # a large image may have made room for several
-                return place
-
-    async def _turn(self, turn: asyncio.Future[None]) -> None:
+        loop = asyncio.get_running_loop()
+        turn = _Turn(size_bytes, priority + 1, time.perf_counter(), loop.create_future())
+        self._line.add(turn, priority, turn.entered_s)
+        self._let_in()
         try:
-            await turn
+            return await turn.future
         except asyncio.CancelledError:
-            if turn.cancelled():
-                with suppress(ValueError):
-                    self._waiting.remove(turn)
+            if turn.future.done() and not turn.future.cancelled():
+                turn.future.result().give_back()  # let in and cancelled at once
             else:
-                # Woken and cancelled at once: the next in line must not sleep through the free place.
-                self._wake()
+                self._line.remove(turn)
+                self._let_in()  # the next one may be smaller
             raise
 
-    def _take(self, images: int, size_bytes: int) -> None:
-        with self._lock:
-            # A single image always fits into an empty server; its own limits are checked elsewhere.
-            if self._images + images > self._max_images:
-                raise QueueFull(
-                    what="images", waiting=self._images, limit=self._max_images, retry_after_s=self._estimate_s()
-                )
-            if self._bytes + size_bytes > self._max_bytes and self._images > (0 if images else 1):
-                raise QueueFull(
-                    what="bytes of images", waiting=self._bytes, limit=self._max_bytes, retry_after_s=self._estimate_s()
-                )
-            self._images += images
-            self._bytes += size_bytes
+    def _let_in(self) -> None:
+        """Gives free places to those who wait, in their order; a large image that does not fit yet is not passed by."""
+        now_s = time.perf_counter()
+        while (turn := self._line.head()) is not None:
+            if turn.future.cancelled():  # in this very turn of the loop
+                self._line.remove(turn)
+                continue
+            level = max(0, turn.level - int((now_s - turn.entered_s) / self._ageing_s))
+            with self._lock:
+                if self._missing(1, turn.size_bytes, level):
+                    return
+                self._images += 1
+                self._bytes += turn.size_bytes
+            self._line.remove(turn)
+            turn.future.set_result(Place(self, turn.size_bytes, level))
 
-    def _give(self, images: int, size_bytes: int) -> None:
+    def _take(self, images: int, size_bytes: int, level: int) -> None:
         with self._lock:
-            self._images -= images
-            self._bytes -= size_bytes
+            missing = self._missing(images, size_bytes, level)
+            if not missing:
+                self._images += images
+                self._bytes += size_bytes
+                return
+            held, limits = (self._images, self._max_images) if missing == "images" else (self._bytes, self._max_bytes)
+        raise QueueFull(
+            what=missing,
+            waiting=held,
+            limit=limits[level],
+            retry_after_s=self._estimate_s(),
+            total=limits[0],
+        )
+
+    def _missing(self, images: int, size_bytes: int, level: int) -> str:
+        """What there is too little of; '': nothing. A single image always fits: its own limits are checked elsewhere."""
+        if self._images + images > self._max_images[level]:
+            return "images"
+        if self._bytes + size_bytes > self._max_bytes[level] and self._images > (0 if images else 1):
+            return "bytes of images"
+        return ""
 
     def _leave(self, size_bytes: int) -> None:
-        self._give(1, size_bytes)
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+        with self._lock:
+            self._images -= 1
+            self._bytes -= size_bytes
+        self._let_in()

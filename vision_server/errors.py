@@ -17,6 +17,9 @@ ServiceError
 ├── Draining             the server is on its way out
 ├── WrongOrder           messages of a stream
 ├── PromptTooLong        does not fit into the model's context
+├── WaitTooLong          what waits takes too long
+├── ExecutorStuck        a batch that does not end
+├── ModelBroken          does not compute any more
 └── Fault                the server's own
 """
 
@@ -171,13 +174,18 @@ class WrongTask(ServiceError):
 
 
 class QueueFull(ServiceError):
-    """Too much waits already."""
+    """Too much waits already; a `total` above the limit is what more urgent callers may fill."""
 
-    def __init__(self, *, what: str, waiting: int, limit: int, retry_after_s: float) -> None:
+    def __init__(self, *, what: str, waiting: int, limit: int, retry_after_s: float, total: int | None = None) -> None:
+        limited = (
+            f"the limit is {limit:,}"
+            if total is None or total <= limit
+            else f"the limit for callers of this priority is {limit:,} of {total:,}"
+        )
         super().__init__(
             Code.RESOURCE_EXHAUSTED,
             "QUEUE_FULL",
-            f"{waiting:,} {what} wait already; the limit is {limit:,}.",
+            f"{waiting:,} {what} wait already; {limited}.",
             cure="Try again later, or send fewer at once.",
             metadata={"waiting": waiting, "limit": limit},
             retry_after_s=retry_after_s,
@@ -238,4 +246,44 @@ class Fault(ServiceError):
             "INTERNAL",
             f"{what} failed.",
             cure="The server's log has the details under this call's x-request-id.",
+        )
+
+
+class WaitTooLong(ServiceError):
+    """What waits for the model already takes longer than callers are to wait."""
+
+    def __init__(self, model: str, *, wait_s: float, limit_s: float) -> None:
+        super().__init__(
+            Code.RESOURCE_EXHAUSTED,
+            "QUEUE_FULL",
+            f"Waiting for the model {model!r} takes about {wait_s:.2f} s now; the limit is {limit_s:g} s.",
+            cure="Try again later, or send fewer at once.",
+            metadata={"model": model, "wait_ms": round(wait_s * 1000), "limit_ms": round(limit_s * 1000)},
+            retry_after_s=wait_s,
+        )
+
+
+class ExecutorStuck(ServiceError):
+    """The batch did not end; INTERNAL, so that nobody sends again by itself what may have been the cause."""
+
+    def __init__(self, model: str, after_s: float) -> None:
+        super().__init__(
+            Code.INTERNAL,
+            "INTERNAL",
+            f"The model {model!r} did not finish within {after_s:g} s and was given up.",
+            cure="Try again; if this image does it again, tell the server's operator.",
+            metadata={"model": model},
+        )
+
+
+class ModelBroken(ServiceError):
+    """The model fails again and again, and the server asks to be started again; why is in its health and its log."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            Code.UNAVAILABLE,
+            "MODEL_FAILED",
+            f"The model {model!r} does not compute any more; the server has to be started again.",
+            cure="Try again later, or on another server if there is one.",
+            metadata={"model": model},
         )

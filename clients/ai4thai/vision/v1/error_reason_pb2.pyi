@@ -37,7 +37,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_MODEL_LOADING: _ErrorReason.ValueType  # 6
     """UNAVAILABLE: the model is loading; retry after RetryInfo."""
     ERROR_REASON_MODEL_FAILED: _ErrorReason.ValueType  # 7
-    """FAILED_PRECONDITION: the model could not be loaded; the message says why."""
+    """FAILED_PRECONDITION: the model could not be loaded; the message says why. UNAVAILABLE: it computes no more, and the server
+    has to be started again.
+    """
     ERROR_REASON_WRONG_TASK: _ErrorReason.ValueType  # 8
     """INVALID_ARGUMENT: the model does another task (a describer asked to detect)."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 9
@@ -79,7 +81,9 @@ ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 5
 ERROR_REASON_MODEL_LOADING: ErrorReason.ValueType  # 6
 """UNAVAILABLE: the model is loading; retry after RetryInfo."""
 ERROR_REASON_MODEL_FAILED: ErrorReason.ValueType  # 7
-"""FAILED_PRECONDITION: the model could not be loaded; the message says why."""
+"""FAILED_PRECONDITION: the model could not be loaded; the message says why. UNAVAILABLE: it computes no more, and the server
+has to be started again.
+"""
 ERROR_REASON_WRONG_TASK: ErrorReason.ValueType  # 8
 """INVALID_ARGUMENT: the model does another task (a describer asked to detect)."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 9
