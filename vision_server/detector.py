@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from vision_server.engines import Engine, EngineOptions, open_engine
+from vision_server.engines.choose import NoEngine
 from vision_server.images import Image
 from vision_server.letterbox import Fitted, crop, fit
 from vision_server.requests import DetectOptions
 from vision_server.results import Card, Found, Task
-from vision_server.weights import short_hash
+from vision_server.weights import UnreadableWeights, short_hash
 
 _TASKS = {
     "detect": Task.DETECT,
@@ -23,10 +24,6 @@ _TASKS = {
     "classify": Task.CLASSIFY,
     "obb": Task.ORIENTED_BOXES,
 }
-
-
-class UnreadableWeights(Exception):
-    """The file is there, but no model that can be served; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,67 +36,71 @@ class DetectItem:
 
 
 class Detector:
-    """Loads through Ultralytics' AutoBackend, then runs its own pre- and post-processing: predict() is made for one caller.
+    """An engine with its own pre- and post-processing around it: Ultralytics' predict() is made for one caller.
 
-    load(), warm_up() and execute() block and are called off the loop; execute() from one thread at a time.
+    load(), warm_up(), execute() and close() block and are called off the loop; execute() by `lanes` threads side by side.
+    `threads` is the cores of one forward pass on the CPU; `max_batch` the largest batch to prepare for; `cache_dir` keeps
+    converted weights for the next start.
     """
 
-    def __init__(self, path: Path, device: str, *, input_px: int, torch_threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str,
+        *,
+        input_px: int = 0,
+        threads: int = 1,
+        engine: str = "auto",
+        lanes: int = 1,
+        max_batch: int = 8,
+        cache_dir: Path | None = None,
+    ) -> None:
         self._path = path
-        self._device_name = device
-        self._input_px = input_px
-        self._torch_threads = torch_threads
+        self._engine_name = engine
+        self._options = EngineOptions(device, input_px, threads, lanes, max_batch, cache_dir)
+        self._engine: Engine | None = None
 
     def load(self) -> Card:
-        """Reads the weights. Raises whatever is wrong with them."""
-        import torch
-
-        from vision_server import torchvision_ops
-
-        torchvision_ops.install()
-        from ultralytics.nn.autobackend import AutoBackend
-
+        """Reads the weights, anew when they were read before. Raises UnreadableWeights."""
         from vision_server.readout import Readout
 
-        self._torch, self._readout = torch, Readout
-        self._device = torch.device(self._device_name)
-        on_cpu = self._device.type == "cpu"
-        if on_cpu:
-            torch.set_num_threads(self._torch_threads)
+        self._readout = Readout
         try:
-            backend: Any = AutoBackend(str(self._path), device=self._device, fp16=not on_cpu, fuse=True, verbose=False)
+            engine = open_engine(self._path, self._engine_name, self._options)
+        except NoEngine as error:
+            raise UnreadableWeights(str(error)) from error
         except Exception as error:
             raise UnreadableWeights(
                 f"{self._path.name} cannot be read as a YOLO model: {_first_words(error)}"
             ) from error
-        backend.eval()
-        # A .pt file becomes a network in this process; exported engines keep theirs to themselves.
-        network: Any = backend.model if isinstance(getattr(backend, "model", None), torch.nn.Module) else None
-        task = str(getattr(network, "task", None) or getattr(backend, "task", None) or "detect")
-        if task not in _TASKS:
-            raise UnreadableWeights(f"{self._path.name} is a model for {task!r}; served are {', '.join(_TASKS)}")
-        if network is not None and on_cpu:
-            network.to(memory_format=torch.channels_last)
-        self._backend = backend
-        self._half = bool(getattr(backend, "fp16", False))
+        traits = engine.traits
+        if traits.task not in _TASKS:
+            raise UnreadableWeights(f"{self._path.name} is a model for {traits.task!r}; served are {', '.join(_TASKS)}")
         self.card = Card(
             version=short_hash(self._path),
-            task=_TASKS[task],
-            engine="pytorch" if self._path.suffix == ".pt" else self._path.suffix.lstrip(".") or self._path.name,
-            precision="fp16" if self._half else "fp32",
-            device=str(self._device),
-            labels=tuple(str(backend.names[number]) for number in sorted(backend.names)),
-            input_size_px=self._side_px(network),
-            memory_bytes=sum(t.numel() * t.element_size() for t in network.parameters()) if network is not None else 0,
+            task=_TASKS[traits.task],
+            engine=engine.name,
+            precision=engine.precision,
+            device=engine.device,
+            labels=traits.names,
+            input_size_px=engine.side_px,
+            memory_bytes=engine.memory_bytes,
+            keypoint_names=traits.kpt_names,
         )
+        self._engine = engine
         return self.card
 
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The batches that the engine computes, the smallest first; execute() fills up and splits what it is given."""
+        return self._loaded.batch_sizes
+
     def warm_up(self) -> None:
-        """Answers an example, alone and in a batch. Raises when it cannot."""
+        """Answers an example in a batch of each size. Raises when it cannot."""
         side_px = self.card.input_size_px
         grey = Image(np.full((side_px, side_px, 3), 127, np.uint8), side_px, side_px)
         item = DetectItem(self.fit(grey), DetectOptions())
-        for size in (1, 2):
+        for size in self.batch_sizes:
             for outcome in self.execute([item] * size):
                 if isinstance(outcome, Exception):
                     raise outcome
@@ -117,38 +118,53 @@ class Detector:
         return cut(image, self.card.input_size_px)
 
     def execute(self, items: Sequence[DetectItem]) -> list[Found | Exception]:
-        """One forward pass for all items, then each item's own thresholds; an item that fails fails alone."""
-        torch = self._torch
-        began_s = time.perf_counter()
-        with torch.inference_mode():
-            stacked = torch.from_numpy(np.stack([item.fitted.rgb for item in items])).to(self._device)
-            # n × side × side × 3 seen as n × 3 × side × side is channels_last already: no copy but the cast's.
-            batch = stacked.permute(0, 3, 1, 2).to(torch.float16 if self._half else torch.float32).div_(255)
-            numbers: Any = self._backend(batch)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # else the time would be counted where it is waited for
-            inference_ms = (time.perf_counter() - began_s) * 1000
-            readout = self._readout(self.card, numbers, self._backend)
-            found: list[Found | Exception] = []
-            for index, item in enumerate(items):
-                item_began_s = time.perf_counter()
-                try:
-                    detections, classes = readout.read(index, item)
-                except Exception as error:
-                    found.append(error)
-                    continue
-                took_ms = (time.perf_counter() - item_began_s) * 1000
-                found.append(Found(detections, classes, inference_ms, took_ms))
+        """A forward pass for each batch that the engine takes, then each item's own options; one that fails fails alone."""
+        engine = self._loaded
+        largest = engine.batch_sizes[-1]
+        found: list[Found | Exception] = []
+        for first in range(0, len(items), largest):
+            found += self._compute(engine, items[first : first + largest])
         return found
 
-    def _side_px(self, network: Any) -> int:
-        """The side of the model's square: as set, or as trained; a whole number of strides."""
-        trained: Any = (
-            getattr(self._backend, "imgsz", None) or (getattr(network, "args", None) or {}).get("imgsz") or 640
-        )
-        wanted_px = self._input_px or int(max(trained) if isinstance(trained, list | tuple) else trained)
-        stride_px = int(getattr(self._backend, "stride", 32) or 32)
-        return -(-wanted_px // stride_px) * stride_px
+    def close(self) -> None:
+        """Frees the engine; nobody may be executing any more."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @property
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError(f"{self._path.name} is not loaded")
+        return self._engine
+
+    def _compute(self, engine: Engine, items: Sequence[DetectItem]) -> list[Found | Exception]:
+        began_s = time.perf_counter()
+        numbers = engine.infer(_stack(items, next(size for size in engine.batch_sizes if size >= len(items))))
+        inference_ms = (time.perf_counter() - began_s) * 1000
+        readout = self._readout(self.card, [part[: len(items)] for part in numbers], engine.traits, items)
+        found: list[Found | Exception] = []
+        for index in range(len(items)):
+            item_began_s = time.perf_counter()
+            try:
+                read = readout.read(index)
+            except Exception as error:
+                found.append(error)
+                continue
+            took_ms = (time.perf_counter() - item_began_s) * 1000
+            found.append(replace(read, inference_ms=inference_ms, postprocess_ms=took_ms))
+        return found
+
+
+def _stack(items: Sequence[DetectItem], size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """The items' pixels, filled up with zeros to a batch of `size`: shapes that an engine has prepared for."""
+    if size == len(items) == 1:
+        return np.ascontiguousarray(items[0].fitted.rgb)[np.newaxis]
+    first = items[0].fitted.rgb
+    batch = np.zeros((size, *first.shape), np.uint8)
+    for place, item in zip(batch, items, strict=False):
+        place[:] = item.fitted.rgb
+    return batch
 
 
 def _first_words(error: Exception) -> str:

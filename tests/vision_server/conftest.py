@@ -21,9 +21,15 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def detector(data_dir: Path) -> Detector:
-    """The shipped detector."""
-    loaded = Detector(SHIPPED[SHIPPED_DETECTOR], "cpu", input_px=0, torch_threads=1)
+def engine_cache(data_dir: Path) -> Path:
+    """Where what OpenVINO reads is kept, so that a model is converted once for all tests."""
+    return data_dir / "cache" / "openvino"
+
+
+@pytest.fixture(scope="session")
+def detector(engine_cache: Path) -> Detector:
+    """The shipped detector, on the engine that a CPU gets by default."""
+    loaded = Detector(SHIPPED[SHIPPED_DETECTOR], "cpu", cache_dir=engine_cache)
     loaded.load()
     return loaded
 
