@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vision_server.masks import MaskNumbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +82,13 @@ class Classification:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a detector makes of one image: the most confident first."""
+    """What a detector makes of one image: the most confident first. `masks` is what their masks can be drawn from."""
 
     detections: tuple[Detection, ...] = ()
     classes: tuple[Classification, ...] = ()
     inference_ms: float = 0.0
     postprocess_ms: float = 0.0
+    masks: MaskNumbers | None = None
 
 
 @dataclass(frozen=True, slots=True)

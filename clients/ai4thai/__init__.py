@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         WrongMoment,
     )
     from ai4thai.job_results import Job, JobState, Priority
-    from ai4thai.options import DetectOptions, Message, SubmitOptions, TextOptions
+    from ai4thai.options import DetectOptions, Message, StreamOptions, SubmitOptions, TextOptions
     from ai4thai.queue_client import AsyncQueueClient, QueueClient
     from ai4thai.results import Analysis, Answer, Box, Detection, DetectResult, FrameResult, StreamSummary
     from ai4thai.server_info import Health, ServerInfo
@@ -34,7 +34,7 @@ _HOMES = {
         "ServerFault Unavailable WrongMoment"
     ),
     "ai4thai.job_results": "Job JobState Priority",
-    "ai4thai.options": "DetectOptions Message SubmitOptions TextOptions",
+    "ai4thai.options": "DetectOptions Message StreamOptions SubmitOptions TextOptions",
     "ai4thai.queue_client": "AsyncQueueClient QueueClient",
     "ai4thai.results": "Analysis Answer Box DetectResult Detection FrameResult StreamSummary",
     "ai4thai.server_info": "Health ServerInfo",
@@ -69,6 +69,7 @@ __all__ = [
     "QueueClient",
     "ServerFault",
     "ServerInfo",
+    "StreamOptions",
     "StreamSummary",
     "SubmitOptions",
     "TextOptions",

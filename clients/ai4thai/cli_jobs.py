@@ -12,7 +12,11 @@ from ai4thai.cli_options import (
     Detector,
     Image,
     Images,
+    IouThreshold,
     JobId,
+    MaskForm,
+    Masks,
+    MaxDetections,
     MaxNewTokens,
     MinConfidence,
     Question,
@@ -20,6 +24,7 @@ from ai4thai.cli_options import (
     Temperature,
 )
 from ai4thai.cli_output import err, job_line, out, print_job_result, print_jobs, print_json
+from ai4thai.cli_vision import detect_options
 from ai4thai.errors import InvalidInput
 from ai4thai.job_results import AnalyzeJobResult, DetectJobResult, Job, JobState
 from ai4thai.options import Message, SubmitOptions
@@ -40,6 +45,11 @@ def submit_detect(
     images: Images,
     model: Detector = "",
     min_confidence: MinConfidence = None,
+    iou_threshold: IouThreshold = None,
+    max_detections: MaxDetections = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only objects of this label; may be repeated.")] = None,
+    masks: Masks = False,
+    mask_form: MaskForm = "",
     queue_name: QueueName = "",
     priority: PriorityName = "",
     label: Labels = None,
@@ -51,8 +61,9 @@ def submit_detect(
 ) -> None:
     """Finds the objects in images."""
     options = _submit_options(queue_name, priority, label, delay, request_id)
+    found = detect_options(model, min_confidence, iou_threshold, max_detections, only, masks, mask_form)
     with QueueClient(queue) as client:
-        job = client.submit_detect(images, detect={"model": model, "min_confidence": min_confidence}, **options)
+        job = client.submit_detect(images, detect=found, **options)
         _tell_submitted(client, job, wait=wait, json=json)
 
 

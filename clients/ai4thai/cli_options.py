@@ -42,6 +42,13 @@ IouThreshold: TypeAlias = Annotated[
 ]
 MaxDetections: TypeAlias = Annotated[int | None, typer.Option(help="At most so many an image. [default: 300]")]
 OnlyLabels: TypeAlias = Annotated[list[str] | None, typer.Option("--label", help="Only this label; may be repeated.")]
+Masks: TypeAlias = Annotated[bool, typer.Option("--masks", help="Also the objects' masks, of models that segment.")]
+MaskForm: TypeAlias = Annotated[
+    str, typer.Option(metavar="FORM", help="How masks are written: polygon or rle. [default: polygon]")
+]
+Priority: TypeAlias = Annotated[
+    str, typer.Option(metavar="PRIORITY", help="interactive, standard or batch. [default: standard]")
+]
 
 Describer: TypeAlias = Annotated[str, typer.Option("--model", help="The describer's name. [default: the server's]")]
 MaxNewTokens: TypeAlias = Annotated[int | None, typer.Option(help="At most so many tokens. [default: 256]")]

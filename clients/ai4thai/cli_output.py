@@ -17,8 +17,8 @@ from rich.table import Table
 
 from ai4thai.errors import AI4ThaiError
 from ai4thai.job_results import AnalyzeJobResult, DetectJobResult, Job, JobState, Stats, Worker
-from ai4thai.results import Analysis, Answer, DetectResult
-from ai4thai.server_info import Device, Model, ModelState
+from ai4thai.results import Analysis, Answer, Detection, DetectResult
+from ai4thai.server_info import Device, Model, ModelState, Task
 
 out: Final = Console(highlight=False, soft_wrap=False)
 """What was asked for."""
@@ -83,15 +83,29 @@ def print_detection(name: str, result: DetectResult) -> None:
     if not result.detections and not result.classes:
         out.print("  nothing found\n")
         return
-    table = plain_table("label", "confidence", "left, top – right, bottom (px)")
-    for item in result.detections:
+    more = [_more(item) for item in result.detections]
+    table = plain_table("label", "confidence", "left, top – right, bottom (px)", *(["more"] if any(more) else []))
+    for item, rest in zip(result.detections, more, strict=True):
         box = item.box
+        number = "" if item.track_id is None else f"#{item.track_id} "
         place = f"{box.x_min_px:.0f}, {box.y_min_px:.0f} – {box.x_max_px:.0f}, {box.y_max_px:.0f}"
-        table.add_row(escape(item.label), f"{item.confidence:.2f}", place)
+        table.add_row(number + escape(item.label), f"{item.confidence:.2f}", place, *([rest] if any(more) else []))
     for kind in result.classes:
         table.add_row(escape(kind.label), f"{kind.confidence:.2f}", "the whole image")
     out.print(table)
     out.print()
+
+
+def _more(item: Detection) -> str:
+    """What a model tells of an object beyond its box, in a few words."""
+    words = []
+    if item.oriented_box is not None:
+        turned = item.oriented_box
+        words.append(f"{turned.width_px:.0f} × {turned.height_px:.0f} turned by {turned.angle_degrees:.0f}°")
+    if item.mask is not None:
+        words.append(f"mask of {item.mask.area_px:.0f} px²")
+    words += [f"{escape(point.name)} {point.x_px:.0f}, {point.y_px:.0f}" for point in item.keypoints]
+    return "; ".join(words)
 
 
 def print_analysis(name: str, result: Analysis) -> None:
@@ -180,21 +194,35 @@ def print_job_result(job: Job) -> None:
 
 
 def print_models(models: Iterable[Model]) -> None:
-    """Models as a table."""
+    """Models as a table; a star marks those that answer when a request names none."""
     table = plain_table("model", "task", "state", "runs on", "labels")
-    styles = {ModelState.READY: "green", ModelState.FAILED: "red"}
     for model in models:
-        state = f"[{styles.get(model.state, 'yellow')}]{model.state.value}[/]"
-        if model.state not in styles:
-            state += f" {model.load_progress:.0%}"
         about = escape(model.state_reason or ", ".join(model.labels[:6]) + (" …" if len(model.labels) > 6 else ""))
+        task = "" if model.task == Task.UNSPECIFIED else model.task.value.lower()
         name = escape(model.name) + (" *" if model.is_default else "")
-        table.add_row(name, model.task.value.lower(), state, f"{model.engine} {model.precision} {model.device}", about)
+        runs_on = f"{model.engine} {model.precision} {model.device}".strip()
+        table.add_row(name, task, model_state(model), runs_on, about)
     out.print(table)
+
+
+def model_state(model: Model) -> str:
+    """Where a model is in its life, with markup."""
+    styles = {ModelState.READY: "green", ModelState.FAILED: "red", ModelState.UNLOADED: "dim"}
+    state = f"[{styles.get(model.state, 'yellow')}]{model.state.value}[/]"
+    if model.state.is_on_its_way:
+        return f"{state} {model.load_progress:.0%}"
+    if model.state == ModelState.READY and model.load_progress < 1:
+        return f"{state} [yellow]newer weights {model.load_progress:.0%}[/]"
+    return state
 
 
 def print_devices(devices: Iterable[Device]) -> None:
     """Devices as a table; what a device can't tell stays empty."""
+    out.print(devices_table(devices))
+
+
+def devices_table(devices: Iterable[Device]) -> Table:
+    """A row for each device."""
     table = plain_table("device", "memory", "busy", "utilization", "temperature", "power", "name")
     for device in devices:
         table.add_row(
@@ -206,7 +234,7 @@ def print_devices(devices: Iterable[Device]) -> None:
             "" if device.power_watts is None else f"{device.power_watts:.0f} W",
             escape(" ".join(filter(None, (device.name, device.mig_profile)))),
         )
-    out.print(table)
+    return table
 
 
 def print_stats(stats: Stats, workers: Iterable[Worker]) -> None:

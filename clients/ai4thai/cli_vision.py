@@ -20,10 +20,13 @@ from ai4thai.cli_options import (
     Image,
     Images,
     IouThreshold,
+    MaskForm,
+    Masks,
     MaxDetections,
     MaxNewTokens,
     MinConfidence,
     OnlyLabels,
+    Priority,
     Question,
     Seed,
     Temperature,
@@ -46,7 +49,7 @@ from ai4thai.errors import AI4ThaiError
 from ai4thai.frames import read_frames
 from ai4thai.image_input import ImageInput
 from ai4thai.options import DetectOptions, TextOptions
-from ai4thai.results import FrameResult
+from ai4thai.results import FrameResult, jpeg_path
 from ai4thai.vision_client import VisionClient
 
 
@@ -61,21 +64,26 @@ def detect(
     iou_threshold: IouThreshold = None,
     max_detections: MaxDetections = None,
     label: OnlyLabels = None,
+    masks: Masks = False,
+    mask_form: MaskForm = "",
+    priority: Priority = "",
     json: AsJson = False,
     timeout: TimeoutS = 60,
     vision: VisionAddress = VISION,
 ) -> None:
     """Finds the objects in images."""
-    options = _detect_options(model, min_confidence, iou_threshold, max_detections, label)
+    options = detect_options(model, min_confidence, iou_threshold, max_detections, label, masks, mask_form)
     if save is not None:
         options["annotate"] = True
         if len(images) > 1:
             save.mkdir(parents=True, exist_ok=True)
+        else:
+            jpeg_path(save)  # a wrong ending is told before the work, not after
     failed = 0
     with VisionClient(vision, timeout_s=timeout) as client:
         for image in images:
             try:
-                result = client.detect(image, **options)
+                result = client.detect(image, priority=priority, **options)
             except (AI4ThaiError, OSError) as error:
                 if len(images) == 1:
                     raise
@@ -109,7 +117,7 @@ def stream(
     vision: VisionAddress = VISION,
 ) -> None:
     """Finds the objects in every picture of a video or folder, over one stream."""
-    options = _detect_options(model, min_confidence, iou_threshold, max_detections, label)
+    options = detect_options(model, min_confidence, iou_threshold, max_detections, label)
     frames = read_frames(source, stride, limit)
     names: deque[str] = deque()  # of the pictures on their way: results come in their order
 
@@ -180,8 +188,10 @@ def analyze(
     vision: VisionAddress = VISION,
 ) -> None:
     """Finds the objects in an image and answers a question about them."""
-    found = _detect_options("", min_confidence, None, None, None)
+    found = detect_options("", min_confidence, None, None, None)
     found["annotate"] = save is not None
+    if save is not None:
+        jpeg_path(save)
     with VisionClient(vision, timeout_s=timeout) as client:
         result = client.analyze(
             image, question, detect=found, text=_text_options("", max_new_tokens, temperature, None, None)
@@ -194,19 +204,24 @@ def analyze(
         err.print(f"[green]saved[/] {result.detection.save(save)}")
 
 
-def _detect_options(
+def detect_options(
     model: str,
     min_confidence: float | None,
     iou_threshold: float | None,
     max_detections: int | None,
     labels: list[str] | None,
+    masks: bool = False,
+    mask_form: str = "",
 ) -> DetectOptions:
+    """The options of a detection as the command line has them; to name a form of masks is to want them."""
     return {
         "model": model,
         "min_confidence": min_confidence,
         "iou_threshold": iou_threshold,
         "max_detections": max_detections,
         "labels": labels or [],
+        "masks": masks or bool(mask_form),
+        "mask_form": mask_form,
     }
 
 

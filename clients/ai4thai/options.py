@@ -25,6 +25,23 @@ class DetectOptions(TypedDict, total=False):
     """Only these labels. Empty: all."""
     annotate: bool
     """Also answer the picture with the boxes drawn in. Default False."""
+    masks: bool
+    """Also answer the objects' masks, of models that segment. Default False."""
+    mask_form: str
+    """How masks are written: `polygon` (default) or `rle`."""
+
+
+class StreamOptions(DetectOptions, total=False):
+    """How to serve a stream of images; what is left out is the server's default."""
+
+    max_in_flight: int
+    """At most so many images at the server at once. 0: the server's default."""
+    tracker: str
+    """Gives objects numbers that stay through the stream: `bytetrack`, `botsort` or `none` (default)."""
+    overflow: str
+    """Images come faster than they are answered: `block` (default) makes the sender wait, `drop_oldest` leaves old ones out."""
+    priority: str
+    """`interactive`, `standard` (default) or `batch`."""
 
 
 class TextOptions(TypedDict, total=False):

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from ai4thai.errors import AI4ThaiError
 
@@ -60,8 +61,44 @@ class Keypoint:
 
 
 @dataclass(frozen=True)
+class Polygon:
+    """The outline of an object's largest part, as points (x, y) in pixels; the last joins the first."""
+
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def area_px(self) -> float:
+        """What the outline encloses, in square pixels."""
+        shifted = (*self.points[1:], *self.points[:1])
+        return (
+            abs(sum(x * next_y - next_x * y for (x, y), (next_x, next_y) in zip(self.points, shifted, strict=True))) / 2
+        )
+
+
+@dataclass(frozen=True)
+class RunLengths:
+    """A mask of the whole image, column after column: runs of outside and inside in turn, outside first (COCO's RLE)."""
+
+    height_px: int
+    width_px: int
+    counts: tuple[int, ...]
+
+    @property
+    def area_px(self) -> int:
+        """How many pixels are inside."""
+        return sum(self.counts[1::2])
+
+    def to_array(self) -> Any:
+        """The mask as a NumPy array of bool, height x width. Raises ImportError without NumPy."""
+        import numpy as np
+
+        inside = np.arange(len(self.counts)) % 2 == 1
+        return np.repeat(inside, self.counts).reshape(self.width_px, self.height_px).T
+
+
+@dataclass(frozen=True)
 class Detection:
-    """One object found. `track_id` is None without a tracker; `oriented_box` and `keypoints` depend on the model."""
+    """One object found. `track_id` is None without a tracker; `oriented_box`, `keypoints` and `mask` depend on the model."""
 
     label: str
     class_id: int
@@ -69,6 +106,7 @@ class Detection:
     box: Box
     oriented_box: OrientedBox | None = None
     keypoints: tuple[Keypoint, ...] = ()
+    mask: Polygon | RunLengths | None = None
     track_id: int | None = None
 
 
@@ -113,13 +151,25 @@ class DetectResult:
         """Writes the picture with the boxes drawn in, as JPEG; returns its path.
 
         Raises:
-            ValueError: the picture was not asked for.
+            ValueError: the picture was not asked for, or the path has another format's ending.
         """
         if not self.annotated_image:
             raise ValueError("This result has no picture in it. Ask for one with detect(..., annotate=True).")
-        target = Path(path)
+        target = jpeg_path(path)
         target.write_bytes(self.annotated_image)
         return target
+
+
+def jpeg_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a JPEG may be written to.
+
+    Raises:
+        ValueError: it has another format's ending.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in (".jpg", ".jpeg", ""):
+        raise ValueError(f"The picture is a JPEG: call it {target.with_suffix('.jpg').name}, not {target.name}.")
+    return target
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from ai4thai import results, server_info
 from ai4thai.errors import from_status
 from ai4thai.image_input import FileImage, ImageInput, read_image
-from ai4thai.options import DetectOptions, Message, TextOptions
+from ai4thai.options import DetectOptions, Message, StreamOptions, TextOptions
 from ai4thai.vision.v1 import (
     detection_pb2,
     device_service_pb2,
@@ -45,6 +46,8 @@ def write_detect_options(options: DetectOptions) -> detection_pb2.DetectOptions:
         max_detections=options.get("max_detections"),
         labels=_strings("labels", options.get("labels", ())),
         annotate=options.get("annotate", False),
+        masks=options.get("masks", False),
+        mask_form=_number(detection_pb2.MaskForm, "mask form", "MASK_FORM_", options.get("mask_form", "")),
     )
 
 
@@ -60,15 +63,34 @@ def write_text_options(options: TextOptions) -> generation_pb2.GenerateOptions:
     )
 
 
-def write_detect(image: ImageInput, options: DetectOptions) -> vision_service_pb2.DetectRequest:
+def write_detect(image: ImageInput, options: DetectOptions, priority: str = "") -> vision_service_pb2.DetectRequest:
     """The request of Detect."""
-    return vision_service_pb2.DetectRequest(image=write_image(image), options=write_detect_options(options))
+    return vision_service_pb2.DetectRequest(
+        image=write_image(image), options=write_detect_options(options), priority=write_priority(priority)
+    )
 
 
-def write_stream_config(options: DetectOptions, max_in_flight: int) -> vision_service_pb2.DetectStreamRequest:
-    """The first message of DetectStream; max_in_flight 0 is the server's default."""
-    config = vision_service_pb2.StreamConfig(options=write_detect_options(options), max_in_flight=max_in_flight)
+def write_stream_config(options: StreamOptions) -> vision_service_pb2.DetectStreamRequest:
+    """The first message of DetectStream."""
+    _refuse_unknown(options, StreamOptions.__optional_keys__)
+    of_each = {name: value for name, value in options.items() if name in DetectOptions.__optional_keys__}
+    config = vision_service_pb2.StreamConfig(
+        options=write_detect_options(cast(DetectOptions, of_each)),
+        max_in_flight=options.get("max_in_flight", 0),
+        tracker=_number(vision_service_pb2.Tracker, "tracker", "TRACKER_", options.get("tracker", "")),
+        overflow=_number(vision_service_pb2.Overflow, "overflow", "OVERFLOW_", options.get("overflow", "")),
+        priority=write_priority(options.get("priority", "")),
+    )
     return vision_service_pb2.DetectStreamRequest(config=config)
+
+
+def write_priority(word: str) -> detection_pb2.Priority.ValueType:
+    """A priority's number; nothing is the server's default.
+
+    Raises:
+        ValueError: no such priority.
+    """
+    return cast("detection_pb2.Priority.ValueType", _number(detection_pb2.Priority, "priority", "PRIORITY_", word))
 
 
 def write_frame(frame_id: int, image: ImageInput) -> vision_service_pb2.DetectStreamRequest:
@@ -87,7 +109,7 @@ def write_generate(messages: Iterable[Message], options: TextOptions) -> vision_
 
 
 def write_analyze(
-    image: ImageInput, question: str, detect: DetectOptions, text: TextOptions
+    image: ImageInput, question: str, detect: DetectOptions, text: TextOptions, priority: str = ""
 ) -> vision_service_pb2.AnalyzeRequest:
     """The request of Analyze."""
     return vision_service_pb2.AnalyzeRequest(
@@ -96,7 +118,20 @@ def write_analyze(
         detect_options=write_detect_options(detect),
         generate_options=write_text_options(text),
         model=text.get("model", ""),
+        priority=write_priority(priority),
     )
+
+
+def write_load_model(name: str, aliases: Sequence[str]) -> model_service_pb2.LoadModelRequest:
+    """The request of LoadModel."""
+    return model_service_pb2.LoadModelRequest(name=name, aliases=_strings("aliases", aliases))
+
+
+def write_watch_devices(interval_s: float) -> device_service_pb2.WatchDevicesRequest:
+    """The request of WatchDevices."""
+    request = device_service_pb2.WatchDevicesRequest()
+    request.interval.FromMicroseconds(round(interval_s * 1e6))
+    return request
 
 
 def parts_of(message: Message) -> Sequence[ImageInput]:
@@ -126,6 +161,15 @@ def _write_message(message: Message) -> generation_pb2.Message:
             for part in parts_of(message)
         ],
     )
+
+
+def _number(enum: Any, kind: str, prefix: str, word: str) -> Any:
+    """An enum value's number from its word in any case; nothing is the server's default."""
+    try:
+        return enum.Value(f"{prefix}{str(word).upper() or 'UNSPECIFIED'}")
+    except ValueError:
+        words = [name.removeprefix(prefix).lower() for name, _ in enum.items() if not name.endswith("_UNSPECIFIED")]
+        raise ValueError(f"The {kind} {word!r} is none of {', '.join(words)}.") from None
 
 
 def _refuse_unknown(options: object, known: frozenset[str]) -> None:
@@ -257,6 +301,8 @@ def read_model(model: model_service_pb2.Model) -> server_info.Model:
         memory_bytes=model.memory_bytes,
         state_reason=model.state_reason,
         is_default=model.is_default,
+        aliases=tuple(model.aliases),
+        keypoint_names=tuple(model.keypoint_names),
     )
 
 
@@ -290,8 +336,19 @@ def _read_detection(item: detection_pb2.Detection) -> results.Detection:
         if item.HasField("oriented_box")
         else None,
         keypoints=tuple(results.Keypoint(k.name, k.x_px, k.y_px, k.confidence) for k in item.keypoints),
+        mask=_read_mask(item.mask),
         track_id=item.track_id if item.HasField("track_id") else None,
     )
+
+
+def _read_mask(mask: detection_pb2.Mask) -> results.Polygon | results.RunLengths | None:
+    match mask.WhichOneof("form"):
+        case "polygon":
+            return results.Polygon(tuple((point.x_px, point.y_px) for point in mask.polygon.points))
+        case "rle":
+            return results.RunLengths(mask.rle.height_px, mask.rle.width_px, tuple(mask.rle.counts))
+        case _:
+            return None
 
 
 def _read_finish_reason(reason: generation_pb2.FinishReason.ValueType) -> results.FinishReason:

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from ai4thai.cli import app
+from ai4thai.vision.v1 import detection_pb2
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -42,6 +43,41 @@ def test_detect_prints_a_table_and_saves_the_picture(run: Run, image: Path, tmp_
     assert "star" in result.stdout and "0.75" in result.stdout and "10, 20 – 50, 80" in result.stdout
     assert (tmp_path / "out.jpg").read_bytes() == b"\xff\xd8 drawn"
     assert "saved" in result.stderr
+
+
+def test_detect_shows_what_a_model_tells_beyond_the_box(run: Run, image: Path, fake_vision: FakeVision) -> None:
+    found = detection_pb2.Detection(
+        label="star",
+        confidence=0.9,
+        track_id=7,
+        oriented_box=detection_pb2.OrientedBox(width_px=30, height_px=20, angle_degrees=-15),
+        keypoints=[detection_pb2.Keypoint(name="top", x_px=3, y_px=4, confidence=1)],
+        mask=detection_pb2.Mask(rle=detection_pb2.RunLengths(height_px=2, width_px=2, counts=[1, 2, 1])),
+    )
+    fake_vision.found = [found]
+
+    result = run("detect", image, "--masks", "--mask-form", "rle", "--priority", "interactive")
+
+    assert result.exit_code == 0, result.output
+    assert "#7 star" in result.stdout
+    assert "30 × 20 turned by -15°; mask of 2 px²; top 3, 4" in result.stdout
+    asked = fake_vision.script.requests["Detect"]
+    assert (asked.options.masks, asked.options.mask_form) == (True, detection_pb2.MASK_FORM_RLE)
+    assert asked.priority == detection_pb2.PRIORITY_INTERACTIVE
+    [line] = lines_of(run("detect", image, "--json"))
+    assert line["detections"][0]["mask"] == {"height_px": 2, "width_px": 2, "counts": [1, 2, 1]}
+
+
+@pytest.mark.parametrize("command", [["detect"], ["analyze"]])
+def test_a_picture_is_not_saved_under_another_formats_name(
+    run: Run, image: Path, fake_vision: FakeVision, tmp_path: Path, command: list[str]
+) -> None:
+    question = [] if command == ["detect"] else ["What?"]
+    result = run(*command, image, *question, "--save", tmp_path / "out.png")
+
+    assert result.exit_code == 1
+    assert result.stderr == "Error: The picture is a JPEG: call it out.jpg, not out.png.\n"
+    assert not fake_vision.script.calls and not (tmp_path / "out.png").exists()
 
 
 def test_detect_prints_json_for_programs(run: Run, image: Path) -> None:
@@ -100,6 +136,8 @@ def test_wrong_values_exit_with_1(run: Run, image: Path) -> None:
         ["detect", image, "--vision", "localhost"],
         ["jobs", "--state", "done"],
         ["submit", "detect", image, "--priority", "urgent"],
+        ["detect", image, "--priority", "urgent"],
+        ["detect", image, "--mask-form", "circle"],
         ["submit", "detect", image, "--label", "colour"],
     ):
         result = run(*arguments)
@@ -171,6 +209,15 @@ def test_a_job_from_submission_to_its_result(run: Run, image: Path) -> None:
     assert job_id in listed.stdout and "SUCCEEDED" in listed.stdout
     assert "deleted" in run("delete", job_id).stdout
     assert run("watch", job_id).exit_code == 1
+
+
+def test_a_job_is_asked_for_with_a_detections_options(run: Run, image: Path, fake_queue: FakeQueue) -> None:
+    result = run("submit", "detect", image, "--only", "star", "--max-detections", 3, "--mask-form", "rle")
+
+    assert result.exit_code == 0, result.output
+    asked = fake_queue.script.requests["SubmitJob"].work.detect.options
+    assert (list(asked.labels), asked.max_detections) == (["star"], 3)
+    assert (asked.masks, asked.mask_form) == (True, detection_pb2.MASK_FORM_RLE)
 
 
 def test_other_jobs_and_waiting_for_them(run: Run, image: Path) -> None:

@@ -27,8 +27,18 @@ detections = st.builds(
     box=boxes,
     oriented_box=st.none() | st.builds(results.OrientedBox, floats, floats, floats, floats, floats),
     keypoints=st.lists(st.builds(results.Keypoint, words, floats, floats, floats), max_size=3).map(tuple),
+    mask=st.none()
+    | st.builds(results.Polygon, st.lists(st.tuples(floats, floats), max_size=5).map(tuple))
+    | st.builds(results.RunLengths, ints, ints, st.lists(ints, max_size=5).map(tuple)),
     track_id=st.none() | st.integers(-(2**63), 2**63 - 1),
 )
+
+
+def mask_as_proto(mask: results.Polygon | results.RunLengths | None) -> detection_pb2.Mask | None:
+    if isinstance(mask, results.Polygon):
+        points = [detection_pb2.Point(x_px=x, y_px=y) for x, y in mask.points]
+        return detection_pb2.Mask(polygon=detection_pb2.Polygon(points=points))
+    return detection_pb2.Mask(rle=detection_pb2.RunLengths(**vars(mask))) if mask else None
 
 
 def as_proto(result: DetectResult) -> vision_service_pb2.DetectResponse:
@@ -45,6 +55,7 @@ def as_proto(result: DetectResult) -> vision_service_pb2.DetectResponse:
                 box=detection_pb2.Box(**vars(item.box)),
                 oriented_box=detection_pb2.OrientedBox(**vars(item.oriented_box)) if item.oriented_box else None,
                 keypoints=[detection_pb2.Keypoint(**vars(point)) for point in item.keypoints],
+                mask=mask_as_proto(item.mask),
                 track_id=item.track_id,
             )
             for item in result.detections
@@ -97,9 +108,43 @@ def test_only_what_was_given_is_sent(given_options: Any) -> None:
 
 def test_options_have_the_contracts_names() -> None:
     contract = set(detection_pb2.DetectOptions.DESCRIPTOR.fields_by_name)
-    assert set(get_type_hints(options.DetectOptions)) <= contract
+    assert set(get_type_hints(options.DetectOptions)) == contract
+    contract = set(vision_service_pb2.StreamConfig.DESCRIPTOR.fields_by_name) - {"options"}
+    assert set(get_type_hints(options.StreamOptions)) - set(get_type_hints(options.DetectOptions)) == contract
     contract = set(generation_pb2.GenerateOptions.DESCRIPTOR.fields_by_name)
     assert set(get_type_hints(options.TextOptions)) - {"model"} == contract
+
+
+def test_words_are_sent_as_the_contracts_values() -> None:
+    asked = wire.write_detect_options({"masks": True, "mask_form": "RLE"})
+    assert (asked.masks, asked.mask_form) == (True, detection_pb2.MASK_FORM_RLE)
+    config = wire.write_stream_config(
+        {"model": "m", "tracker": "ByteTrack", "overflow": "drop_oldest", "priority": "batch", "max_in_flight": 3}
+    ).config
+    assert (config.options.model, config.max_in_flight) == ("m", 3)
+    assert config.tracker == vision_service_pb2.TRACKER_BYTETRACK
+    assert config.overflow == vision_service_pb2.OVERFLOW_DROP_OLDEST
+    assert config.priority == detection_pb2.PRIORITY_BATCH
+    assert wire.write_detect(b"image", {}, "Interactive").priority == detection_pb2.PRIORITY_INTERACTIVE
+    assert wire.write_analyze(b"image", "?", {}, {}, "batch").priority == detection_pb2.PRIORITY_BATCH
+
+
+@pytest.mark.parametrize("name", ["tracker", "overflow", "priority", "mask_form"])
+def test_other_words_are_refused_with_those_that_there_are(name: str) -> None:
+    with pytest.raises(ValueError, match=r"'vague' is none of [a-z]+, [a-z]+"):
+        wire.write_stream_config({name: "vague"})  # type: ignore[misc]
+
+
+def test_masks_tell_their_area_and_become_arrays() -> None:
+    square = results.Polygon(((1, 1), (4, 1), (4, 3), (1, 3)))
+    assert square.area_px == 6
+    lengths = results.RunLengths(height_px=3, width_px=4, counts=(4, 2, 1, 2, 3))
+    assert lengths.area_px == 4
+    assert lengths.to_array().tolist() == [
+        [False, False, False, False],
+        [False, True, True, False],
+        [False, True, True, False],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import io
 from collections.abc import Callable
 
 import pytest
-from ai4thai.vision.v1 import device_service_pb2, image_pb2, model_service_pb2
+from ai4thai.vision.v1 import detection_pb2, device_service_pb2, image_pb2, model_service_pb2
 from ai4thai.vision.v1 import vision_service_pb2 as pb
 from PIL import Image, ImageChops
 
-from tests.end_to_end.calling import Server, detect_request, refused
+from tests.end_to_end.calling import Server, detect_request
 from tests.end_to_end.pictures import (
     Agreement,
     Picture,
@@ -162,13 +162,17 @@ def test_an_empty_scene_has_no_boxes(vision: Server) -> None:
     assert not vision.vision.Detect(detect_request(jpeg(blank))).detections
 
 
-def test_masks_are_refused_as_not_served_yet(vision: Server, clear: Picture) -> None:
-    said = refused(lambda: vision.vision.Detect(detect_request(jpeg(clear.image), masks=True)))
-    assert (said.code, said.reason) == ("UNIMPLEMENTED", "NOT_SERVED_YET")
+def test_a_model_that_does_not_segment_answers_no_masks(vision: Server, clear: Picture) -> None:
+    content = jpeg(clear.image)
+    asked = vision.vision.Detect(detect_request(content, masks=True, mask_form=detection_pb2.MASK_FORM_RLE)).detections
+    assert found(asked) == found(vision.vision.Detect(detect_request(content)).detections)
+    assert not any(one.HasField("mask") for one in asked)
 
 
 def test_models_and_devices_tell_of_themselves(vision: Server) -> None:
-    models = {model.name: model for model in vision.models.ListModels(model_service_pb2.ListModelsRequest()).models}
+    listed = vision.models.ListModels(model_service_pb2.ListModelsRequest()).models
+    # What else is shipped is listed too, unloaded.
+    models = {model.name: model for model in listed if model.state != model_service_pb2.MODEL_STATE_UNLOADED}
     assert set(models) == {"shapes-detector", "shapes-describer"}
     detector, describer = models["shapes-detector"], models["shapes-describer"]
     assert (detector.task, describer.task) == (model_service_pb2.TASK_DETECT, model_service_pb2.TASK_GENERATE)

@@ -114,6 +114,18 @@ def test_a_detect_jobs_result_is_the_direct_calls(vision: Server, queue: Server)
     assert get(queue, job.job_id).result == job.result
 
 
+def test_a_detect_jobs_options_and_pictures_survive_the_queue(vision: Server, queue: Server) -> None:
+    options = {"annotate": True, "labels": ["star", "square"], "max_detections": 2, "masks": True}
+    images = contents(3)
+    job = ended(queue, submit(queue, detect_work(images, **options)).job_id)
+    assert job.state == job_pb2.JOB_STATE_SUCCEEDED
+    for item, content in zip(job.result.detect.items, images, strict=True):
+        direct = vision.vision.Detect(detect_request(content, **options))
+        assert item.detection.annotated_image.startswith(b"\xff\xd8")
+        item.detection.annotated_image = direct.annotated_image = b""  # confidences' last digits may be drawn
+        assert_same_detection(item.detection, direct)
+
+
 @pytest.mark.parametrize("question", [THAI, "What colour is the circle?"])
 def test_a_generate_jobs_result_is_the_direct_calls(vision: Server, queue: Server, question: str) -> None:
     (content,) = contents(1)

@@ -100,9 +100,13 @@ class DetectOptions(_message.Message):
     max_detections: _builtins.int
     """At most this many detections, the most confident ones. Range 1 to 1000; default 300."""
     annotate: _builtins.bool
-    """Also answer the picture with the boxes drawn into it, as JPEG in `annotated_image`. Default false."""
+    """Also answer the picture with what was found drawn into it (boxes, masks, keypoints, classes), as JPEG in `annotated_image`.
+    A picture whose longer side has more than 4096 pixels is reduced to that. Default false.
+    """
     masks: _builtins.bool
-    """Also answer masks, for models that segment; others answer none. Default false."""
+    """Also answer masks, for models that segment; others answer none. All masks of an answer have at most 500,000 runs or
+    100,000 points together; the least confident objects beyond that have none. Default false.
+    """
     mask_form: Global___MaskForm.ValueType
     """How masks are written. Default: polygon."""
     @_builtins.property
