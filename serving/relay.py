@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 
 CHUNK_BYTES = 1 << 20
+_READS_A_TURN = 4
 
 
 class Relay:
@@ -71,22 +72,31 @@ class _Pump:
         self._loop.add_reader(self._source, self._readable)
 
     def _readable(self) -> None:
-        try:
-            count = self._source.recv_into(self._buffer)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self._relay.close()
-            return
-        if count == 0:
-            self._finish()
-            return
-        sent = self._send(self._buffer[:count])
-        if 0 <= sent < count:
-            # The sink is full: keep what is left and read no more until it is gone.
-            self._rest = memoryview(bytes(self._buffer[sent:count]))
-            self._loop.remove_reader(self._source)
-            self._loop.add_writer(self._sink, self._writable)
+        # Until there is nothing more: when a peer's last bytes and its reset come together, libuv reports the socket once and
+        # never again; only another read finds out that nobody is there any more.
+        for _ in range(_READS_A_TURN):
+            try:
+                count = self._source.recv_into(self._buffer)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                self._relay.close()
+                return
+            if count == 0:
+                self._finish()
+                return
+            sent = self._send(self._buffer[:count])
+            if sent < 0:
+                return
+            if sent < count:
+                # The sink is full: keep what is left and read no more until it is gone.
+                self._rest = memoryview(bytes(self._buffer[sent:count]))
+                self._loop.remove_reader(self._source)
+                self._loop.add_writer(self._sink, self._writable)
+                return
+        # The others' turn; a reader that is added anew is told of what has come meanwhile, a reset too.
+        self._loop.remove_reader(self._source)
+        self._loop.add_reader(self._source, self._readable)
 
     def _writable(self) -> None:
         sent = self._send(self._rest)
