@@ -27,8 +27,11 @@ class Example:
     words: tuple[str, ...]
 
 
+PAGES = (README, (ROOT / "docs" / "detection.md").read_text("utf-8"))
 EXAMPLES = [
-    Example(match["language"], match["code"], tuple(match["words"].split(", "))) for match in EXAMPLE.finditer(README)
+    Example(match["language"], match["code"], tuple(match["words"].split(", ")))
+    for page in PAGES
+    for match in EXAMPLE.finditer(page)
 ]
 
 
@@ -64,13 +67,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_block_is_an_example_or_sets_up() -> None:
-    languages = re.findall(r"^```(\w+)", README, re.MULTILINE)
+    languages = [language for page in PAGES for language in re.findall(r"^```(\w+)", page, re.MULTILINE)]
     assert len(EXAMPLES) == sum(language in ("python", "bash") for language in languages)
     assert {example.language for example in EXAMPLES} == {"python", "bash"}
     assert set(languages) <= {"python", "bash", "sh", "text"}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.code.split()[0])
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: " ".join(example.code.split()[:2]))
 def test_examples_print_what_they_promise(example: Example, addresses: dict[str, str], folder: Path) -> None:
     code = example.code
     for written, real in addresses.items():
@@ -92,7 +95,7 @@ def test_examples_print_what_they_promise(example: Example, addresses: dict[str,
 
 
 def test_python_needs_ten_lines() -> None:
-    [example] = [example for example in EXAMPLES if example.language == "python"]
+    example = next(example for example in EXAMPLES if example.language == "python")
     assert len([line for line in example.code.splitlines() if line.strip()]) <= 10
 
 

@@ -6,13 +6,30 @@ import math
 from typing import Any
 
 import pytest
-from ai4thai.vision.v1 import detection_pb2, generation_pb2, image_pb2, model_service_pb2, vision_service_pb2
+from ai4thai.vision.v1 import (
+    detection_pb2,
+    device_service_pb2,
+    generation_pb2,
+    image_pb2,
+    model_service_pb2,
+    vision_service_pb2,
+)
+from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import Code, ServiceError
 from vision_server import wire
-from vision_server.requests import DetectOptions, EncodedImage, GenerateOptions, RawPixels, Role
+from vision_server.requests import (
+    DetectOptions,
+    EncodedImage,
+    GenerateOptions,
+    MaskForm,
+    Priority,
+    RawPixels,
+    Role,
+    Tracker,
+)
 from vision_server.results import (
     Box,
     Card,
@@ -103,15 +120,52 @@ def test_any_float_is_taken_or_refused_by_its_range(value: float) -> None:
         assert refusal(wire.read_detect_options, options).field == "options.min_confidence"
 
 
-def test_what_is_to_come_is_unimplemented() -> None:
-    pb = vision_service_pb2
-    for read, arguments in (
-        (wire.read_detect_options, (detection_pb2.DetectOptions(masks=True),)),
-        (wire.read_stream_config, (pb.StreamConfig(tracker=pb.TRACKER_BYTETRACK), SETTINGS)),
-        (wire.read_stream_config, (pb.StreamConfig(overflow=pb.OVERFLOW_DROP_OLDEST), SETTINGS)),
+def test_masks_are_asked_for_in_a_form() -> None:
+    assert wire.read_detect_options(detection_pb2.DetectOptions(mask_form=detection_pb2.MASK_FORM_RLE)).masks is None
+    for form, read in (
+        (detection_pb2.MASK_FORM_UNSPECIFIED, MaskForm.POLYGON),
+        (detection_pb2.MASK_FORM_POLYGON, MaskForm.POLYGON),
+        (detection_pb2.MASK_FORM_RLE, MaskForm.RLE),
     ):
-        error = refusal(read, *arguments)
-        assert (error.code, error.reason) == (Code.UNIMPLEMENTED, "NOT_SERVED_YET")
+        assert wire.read_detect_options(detection_pb2.DetectOptions(masks=True, mask_form=form)).masks is read
+    unknown = detection_pb2.DetectOptions(mask_form=9)  # type: ignore[arg-type]
+    assert refusal(wire.read_detect_options, unknown).field == "options.mask_form"
+
+
+def test_the_priority_is_the_requests_else_the_calls_else_standard() -> None:
+    asked = detection_pb2.PRIORITY_BATCH
+    silent = detection_pb2.PRIORITY_UNSPECIFIED
+    assert wire.read_priority(asked, "interactive") is Priority.BATCH
+    assert wire.read_priority(silent, " Interactive ") is Priority.INTERACTIVE
+    assert wire.read_priority(silent, None) is Priority.STANDARD
+    assert refusal(wire.read_priority, silent, "urgent").field == "x-priority"
+    assert refusal(wire.read_priority, 9, None).field == "priority"
+
+
+def test_a_streams_config_says_how_it_is_followed_and_what_gives_way() -> None:
+    pb = vision_service_pb2
+    config = pb.StreamConfig(tracker=pb.TRACKER_BOTSORT, overflow=pb.OVERFLOW_DROP_OLDEST, max_in_flight=3)
+    read = wire.read_stream_config(config, SETTINGS, "batch")
+    assert (read.tracker, read.drop_oldest, read.max_in_flight) == (Tracker.BOTSORT, True, 3)
+    assert read.priority is Priority.BATCH
+    plain = wire.read_stream_config(pb.StreamConfig(), SETTINGS)
+    assert (plain.tracker, plain.drop_oldest, plain.max_in_flight) == (None, False, SETTINGS.max_stream_in_flight)
+    assert refusal(wire.read_stream_config, pb.StreamConfig(tracker=9), SETTINGS).field == "config.tracker"  # type: ignore[arg-type]
+    assert refusal(wire.read_stream_config, pb.StreamConfig(overflow=9), SETTINGS).field == "config.overflow"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("aliases", [[""], ["../up"], ["a b"], ["x" * 65], [str(n) for n in range(9)]])
+def test_aliases_are_names_and_few(aliases: list[str]) -> None:
+    request = model_service_pb2.LoadModelRequest(name="m", aliases=aliases)
+    assert refusal(wire.read_aliases, request).field == "aliases"
+
+
+def test_the_interval_between_devices_is_bounded() -> None:
+    request = device_service_pb2.WatchDevicesRequest
+    assert wire.read_interval_s(request()) == 1.0
+    assert wire.read_interval_s(request(interval=Duration(seconds=2, nanos=500_000_000))) == 2.5
+    for interval in (Duration(), Duration(seconds=-1), Duration(seconds=4000)):
+        assert refusal(wire.read_interval_s, request(interval=interval)).field == "interval"
 
 
 @pytest.mark.parametrize("in_flight", [-1, SETTINGS.max_stream_in_flight + 1])
