@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import time
 from collections.abc import Callable
@@ -13,32 +12,34 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
-
-# Taken before Ultralytics replaces it in PIL.Image by one that looks for HEIF plugins.
-from PIL.Image import open as open_image
+from PIL import UnidentifiedImageError
 
 from serving.errors import ServiceError
+from serving.logs import get_logger
 from vision_server.admission import GivenBack, Place
+from vision_server.colour import Pixels
+from vision_server.decoders import ImageFile, JpegDecoder, quieten
 from vision_server.errors import ImageEmpty, ImageError, ImageTooLarge, ImageUnreadable
+from vision_server.gpu_decode import find_gpu_decoder
 from vision_server.requests import EncodedImage, ImageSource, RawPixels
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-END_OF_JPEG = b"\xff\xd9"
-
-Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
+_log = get_logger("images")
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Upright pixels: `rgb` is uint8, height_px × width_px × 3, contiguous."""
+    """Upright pixels: `rgb` is uint8, rows × columns × 3, contiguous; width_px × height_px is what the caller sent, as seen.
+
+    With a `reduction` of k (2, 4 or 8) `rgb` has ceil(height_px / k) × ceil(width_px / k) pixels, each of which stands for
+    k × k of the original's, from the top left on; the last row and column may stand for fewer.
+    """
 
     rgb: Pixels
     width_px: int
     height_px: int
+    reduction: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,37 +51,60 @@ class Decoded:
 
 
 class Images:
-    """A bounded pool of threads that decode; the decoders release the interpreter lock."""
+    """A bounded pool of threads that decode; the decoders release the interpreter lock.
 
-    def __init__(self, *, threads: int, max_bytes: int, max_pixels: int) -> None:
+    `gpu` ("cuda:0") decodes plain JPEGs on that device once it is found to be able to; empty: the CPU decodes everything.
+    """
+
+    def __init__(self, *, threads: int, max_bytes: int, max_pixels: int, gpu: str = "") -> None:
         self._threads = threads
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
+        self._gpu = gpu
+        self._gpu_decoder: JpegDecoder | None = None
         self._pool: ThreadPoolExecutor | None = None
 
     def start(self) -> None:
         """Starts the pool."""
         # Our own limit, checked on the same header, takes the place of Pillow's warning.
         Pillow.MAX_IMAGE_PIXELS = None
+        quieten()
         # One image a thread: OpenCV's own threads would only get in the way of the pool's.
         cv2.setNumThreads(1)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        if self._gpu:
+            self._pool.submit(self._find_gpu_decoder)
 
     def stop(self) -> None:
         """Ends the pool; what still waits in it is dropped."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    async def decode(self, source: ImageSource, place: Place) -> Decoded:
-        """The upright pixels of an image.
+    async def decode(
+        self, source: ImageSource, place: Place, least_px: int | None = None, *, shorter_side: bool = False
+    ) -> Decoded:
+        """The upright pixels of an image; where and why they may be fewer, decode_then() says.
 
         Raises ImageEmpty, ImageTooLarge or ImageUnreadable, and QueueFull when `place` cannot grow by its pixels.
         """
-        decoded, _ = await self.decode_then(source, place, lambda image: None)
+        decoded, _ = await self.decode_then(source, place, lambda image: None, least_px, shorter_side=shorter_side)
         return decoded
 
-    async def decode_then(self, source: ImageSource, place: Place, then: Callable[[Image], T]) -> tuple[Decoded, T]:
-        """Decodes and, in the same thread right after it, calls `then` (the detector's letterbox): one hop less an image."""
+    async def decode_then(
+        self,
+        source: ImageSource,
+        place: Place,
+        then: Callable[[Image], T],
+        least_px: int | None = None,
+        *,
+        shorter_side: bool = False,
+    ) -> tuple[Decoded, T]:
+        """Decodes and, in the same thread right after it, calls `then` (the detector's letterbox): one hop less an image.
+
+        `least_px`: the side of the square that it is for. A JPEG far larger comes reduced to a half, a quarter or an eighth
+        then, which costs half the time or less, a fraction of the memory and no accuracy (decoders.py has the figures).
+        `shorter_side`: its shorter side is to fill that square, the rest is cut off. None: the whole picture.
+        """
         if source.size_bytes == 0:
             raise ImageEmpty(source.field)
         if isinstance(source, EncodedImage) and source.size_bytes > self._max_bytes:
@@ -88,23 +112,41 @@ class Images:
                 amount=source.size_bytes, limit=self._max_bytes, unit="bytes", setting="VISION_MAX_IMAGE_BYTES"
             ).at(source.field)
         assert self._pool is not None, "start() comes first"
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._work, source, place, then)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._work, source, place, then, least_px, shorter_side)
 
     async def run(self, work: Callable[[], T]) -> T:
         """Runs other work on pixels (drawing, encoding) in the same bounded pool."""
         assert self._pool is not None, "start() comes first"
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def _work(self, source: ImageSource, place: Place, then: Callable[[Image], T]) -> tuple[Decoded, T]:
+    def _find_gpu_decoder(self) -> None:
+        try:
+            self._gpu_decoder = find_gpu_decoder(self._gpu)
+        except Exception:
+            _log.warning("the GPU's JPEG decoder cannot be loaded", device=self._gpu, exc_info=True)
+        _log.info("JPEGs are decoded", by=self._gpu if self._gpu_decoder else "cpu")
+
+    def _work(
+        self,
+        source: ImageSource,
+        place: Place,
+        then: Callable[[Image], T],
+        least_px: int | None,
+        shorter_side: bool,
+    ) -> tuple[Decoded, T]:
         began_s = time.perf_counter()
         try:
-            image = self._from_raw(source, place) if isinstance(source, RawPixels) else self._from_file(source, place)
+            if isinstance(source, RawPixels):
+                image = self._from_raw(source)
+            else:
+                image = self._from_file(source, place, least_px, shorter_side)
         except ImageError as error:
             raise error.at(source.field) from None
         decoded = Decoded(image, (time.perf_counter() - began_s) * 1000)
         return decoded, then(image)
 
-    def _from_raw(self, source: RawPixels, place: Place) -> Image:
+    def _from_raw(self, source: RawPixels) -> Image:
         if source.width_px < 1 or source.height_px < 1:
             raise ImageUnreadable(
                 f"A raw image of {source.width_px} × {source.height_px} pixels cannot be.",
@@ -121,61 +163,31 @@ class Images:
         rgb = np.frombuffer(source.rgb, np.uint8).reshape(source.height_px, source.width_px, 3)
         return Image(rgb, source.width_px, source.height_px)
 
-    def _from_file(self, source: EncodedImage, place: Place) -> Image:
-        file = io.BytesIO(source.content)
+    def _from_file(self, source: EncodedImage, place: Place, least_px: int | None, shorter_side: bool) -> Image:
         try:
-            with open_image(file, formats=FORMATS) as header:
-                self._check_pixels(header.width * header.height)
-                place.grow(header.width * header.height * 3)
-                if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):
-                    rgb = _decode_jpeg(source.content, scan_offset=file.tell())
-                else:
-                    rgb = _decode_with_pillow(header)
+            with ImageFile(source.content) as file:
+                self._check_pixels(file.width_px * file.height_px)
+                reduction = file.reduction(least_px, shorter_side=shorter_side)
+                place.grow(file.size_bytes(reduction))
+                rgb = file.decode(reduction, self._gpu_decoder)
+                if reduction > 1:
+                    return Image(rgb, *file.upright_size_px, reduction)
+                return Image(rgb, rgb.shape[1], rgb.shape[0])
         except (ServiceError, GivenBack):
             raise
         except UnidentifiedImageError:
-            raise ImageUnreadable("The bytes are no image in a format that is known here.") from None
+            raise ImageUnreadable("The bytes are no image of a kind that is known here.") from None
         except MemoryError:
             raise
         except Exception as error:
             # Decoders meet hostile bytes with exceptions of every kind; all of them mean a broken file.
             raise ImageUnreadable(f"The image is broken: {_without_addresses(error)}.") from None
-        return Image(rgb, rgb.shape[1], rgb.shape[0])
 
     def _check_pixels(self, pixels: int) -> None:
         if pixels > self._max_pixels:
             raise ImageTooLarge(amount=pixels, limit=self._max_pixels, unit="pixels", setting="VISION_MAX_IMAGE_PIXELS")
         if pixels < 1:
             raise ImageUnreadable("The image has no pixels.")
-
-
-def _decode_jpeg(content: bytes, scan_offset: int) -> Pixels:
-    # OpenCV fills what is missing of a truncated file with grey and says nothing. A 0xFF inside the picture's data is
-    # always followed by 0, so these two bytes after the header are the end marker and nothing else.
-    if content.rfind(END_OF_JPEG, scan_offset) < 0:
-        raise ImageUnreadable("The JPEG is truncated: its end is missing.", cure="Send the whole file.")
-    rgb = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)  # turned as EXIF says
-    if rgb is None:
-        raise ImageUnreadable("The JPEG cannot be decoded.")
-    return rgb  # type: ignore[no-any-return]
-
-
-def _decode_with_pillow(opened: Pillow.Image) -> Pixels:
-    opened.load()  # the first frame; raises where data is missing
-    upright = ImageOps.exif_transpose(opened)
-    if upright.mode.startswith("I;16") or upright.mode == "I":
-        # 16 bits a pixel; Pillow's own conversion would clip at 255 and turn the picture white.
-        grey = (np.asarray(upright).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-        return np.ascontiguousarray(np.repeat(grey[..., None], 3, axis=2))
-    if upright.mode == "F":
-        raise ImageUnreadable("The image has floating-point pixels.", cure="Send 8 or 16 bits a channel.")
-    if upright.has_transparency_data:
-        # What is transparent looks white, as in a viewer; the hidden colour below it can be anything.
-        with_alpha = upright.convert("RGBA")
-        backdrop = Pillow.new("RGBA", with_alpha.size, "white")
-        backdrop.alpha_composite(with_alpha)
-        upright = backdrop
-    return np.array(upright.convert("RGB"))
 
 
 def _without_addresses(error: Exception) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from vision_server.images import Image, Pixels
+from vision_server.colour import Pixels
+from vision_server.images import Image
 
 # The grey that Ultralytics pads with, in training too.
 PADDING = 114
@@ -15,7 +16,11 @@ PADDING = 114
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """`rgb` is uint8, side × side × 3; the image lies in it, `scale` times as large, from (left, top) on."""
+    """`rgb` is uint8, side × side × 3; the image lies in it, `scale` times as large, from (left, top) on.
+
+    The original's point (x, y) is at (left_px + x × scale, top_px + y × scale), however much of it was decoded; width_px and
+    height_px are its own.
+    """
 
     rgb: Pixels
     scale: float
@@ -33,23 +38,34 @@ def fit(image: Image, side_px: int) -> Fitted:
     scale = min(side_px / image.width_px, side_px / image.height_px)
     width = max(1, round(image.width_px * scale))
     height = max(1, round(image.height_px * scale))
-    rgb = image.rgb
-    if (width, height) != (image.width_px, image.height_px):
-        rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_LINEAR)
+    rgb = _scaled(image, scale)[:height, :width]
     left, top = (side_px - width) // 2, (side_px - height) // 2
-    if (width, height) != (side_px, side_px):
+    if rgb.shape[:2] != (side_px, side_px):
         square = np.full((side_px, side_px, 3), PADDING, np.uint8)
-        square[top : top + height, left : left + width] = rgb
+        square[top : top + rgb.shape[0], left : left + rgb.shape[1]] = rgb
         rgb = square
-    return Fitted(rgb, scale, left, top, image.width_px, image.height_px)
+    return Fitted(np.ascontiguousarray(rgb), scale, left, top, image.width_px, image.height_px)
 
 
 def crop(image: Image, side_px: int) -> Fitted:
     """Scales the shorter side to the square and cuts the middle out: what classification models are trained with."""
     scale = side_px / min(image.width_px, image.height_px)
-    width = max(side_px, round(image.width_px * scale))
-    height = max(side_px, round(image.height_px * scale))
-    rgb = cv2.resize(image.rgb, (width, height), interpolation=cv2.INTER_LINEAR)
-    left, top = (width - side_px) // 2, (height - side_px) // 2
+    left = (max(side_px, round(image.width_px * scale)) - side_px) // 2
+    top = (max(side_px, round(image.height_px * scale)) - side_px) // 2
+    rgb = _scaled(image, scale)
     middle = np.ascontiguousarray(rgb[top : top + side_px, left : left + side_px])
     return Fitted(middle, scale, -left, -top, image.width_px, image.height_px)
+
+
+def _scaled(image: Image, scale: float) -> Pixels:
+    """The original `scale` times as large, made from however much of it was decoded.
+
+    Both axes by the same factor, not to a rounded size: that would shift boxes by up to half a pixel of the model's, and a
+    reduced picture, whose last pixels may stand for fewer of the original's, by up to one.
+    """
+    height, width = image.rgb.shape[:2]
+    factor = scale * image.reduction
+    if factor == 1:
+        return image.rgb
+    x, y = max(factor, 1 / width), max(factor, 1 / height)  # a line of a pixel stays one
+    return cv2.resize(image.rgb, None, fx=x, fy=y, interpolation=cv2.INTER_LINEAR)  # type: ignore[no-any-return]

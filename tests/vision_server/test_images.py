@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -16,6 +18,8 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from serving.errors import ServiceError
+from tests.vision_server import icc_profiles
+from tests.vision_server.tiff_files import tiff
 from vision_server.admission import Admission
 from vision_server.errors import ImageEmpty, ImageError, ImageTooLarge, ImageUnreadable
 from vision_server.images import Image, Images
@@ -32,10 +36,10 @@ def images() -> Iterator[Images]:
     pool.stop()
 
 
-def decode(images: Images, source: ImageSource) -> Image:
+def decode(images: Images, source: ImageSource, least_px: int | None = None, *, shorter_side: bool = False) -> Image:
     async def run() -> Image:
         with admission().enter(source.size_bytes) as place:
-            return (await images.decode(source, place)).image
+            return (await images.decode(source, place, least_px, shorter_side=shorter_side)).image
 
     return asyncio.run(run())
 
@@ -201,16 +205,141 @@ def test_an_error_names_the_field_that_the_image_stood_in(images: Images) -> Non
     assert refused.value.field == "messages[1].parts[0].image"
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]), st.data())
-def test_broken_bytes_give_an_image_or_an_image_error(images: Images, form: str, data: st.DataObject) -> None:
-    content = bytearray(encoded(picture(17, 13), form).content)
-    for _ in range(data.draw(st.integers(1, 6))):
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_comes_reduced_and_keeps_its_own_size(images: Images, orientation: int) -> None:
+    exif = Pillow.Exif()
+    exif[0x0112] = orientation
+    source = encoded(picture(1280, 960), "JPEG", exif=exif)
+    whole = decode(images, source)
+    image = decode(images, source, 320)
+    assert (image.width_px, image.height_px) == (whole.width_px, whole.height_px)
+    assert image.reduction == 4 and whole.reduction == 1
+    assert image.rgb.shape == (whole.height_px // 4, whole.width_px // 4, 3)
+    assert decode(images, source, 320, shorter_side=True).reduction == 2
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_only_jpegs_come_reduced(images: Images, form: str) -> None:
+    image = decode(images, encoded(picture(640, 480), form), 32)
+    assert (image.rgb.shape, image.reduction) == ((480, 640, 3), 1)
+    raw = decode(images, RawPixels(bytes(640 * 480 * 3), 640, 480), 32)
+    assert (raw.rgb.shape, raw.reduction) == ((480, 640, 3), 1)
+
+
+@pytest.mark.parametrize(
+    ("least_px", "size_bytes"), [(None, 1280 * 960 * 3), (640, 640 * 480 * 3), (160, 160 * 120 * 3)]
+)
+async def test_a_place_grows_by_what_is_decoded(images: Images, least_px: int | None, size_bytes: int) -> None:
+    source = encoded(picture(1280, 960), "JPEG")
+    server = admission()
+    with server.enter(source.size_bytes) as place:
+        await images.decode(source, place, least_px)
+        assert server.size_bytes == source.size_bytes + size_bytes
+    assert server.size_bytes == 0
+
+
+def test_without_a_gpu_that_decodes_the_cpu_does(images: Images) -> None:
+    pool = Images(threads=1, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, gpu="cuda:99")
+    pool.start()
+    source = encoded(picture(), "JPEG")
+    for _ in range(2):  # while the GPU is looked for, and after
+        assert np.array_equal(decode(pool, source).rgb, decode(images, source).rgb)
+    pool.stop()
+
+
+def test_a_truncated_photo_in_several_pictures_is_refused(images: Images) -> None:
+    # given: the file ends in its first picture, whose header holds a whole thumbnail
+    exif = Pillow.Exif()
+    exif[0x9286] = b"UNICODE\0" + encoded(picture(8, 8), "JPEG").content
+    whole = encoded(picture(), "MPO", save_all=True, append_images=[picture()], exif=exif).content
+    opened = Pillow.open(io.BytesIO(whole))
+    opened.seek(1)
+    second_at = opened.offset
+    assert decode(images, EncodedImage(whole[:second_at])).rgb.shape == (43, 61, 3)
+    with pytest.raises(ImageUnreadable, match="truncated"):
+        decode(images, EncodedImage(whole[: second_at - 40]))
+
+
+def test_hostile_files_print_nothing() -> None:
+    # given: what makes Pillow warn, log and let libtiff complain
+    hostile = [
+        b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 256, 4, 1 << 20, 1 << 30),
+        encoded(picture(), "TIFF", compression="tiff_lzw").content.replace(b"\x80", b"\x7f"),
+        encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\0").content,
+        tiff(np.zeros((4, 4, 9), np.uint8), bits=8, photometric=2),
+    ]
+    hostile += [bytes(byte ^ (0x55 * (n % 97 == 5)) for n, byte in enumerate(content)) for content in hostile]
+    program = """
+import ast, asyncio, sys
+from vision_server.admission import Admission
+from vision_server.errors import ImageError
+from vision_server.images import Images
+from vision_server.requests import EncodedImage
+
+async def main():
+    images = Images(threads=1, max_bytes=10**7, max_pixels=10**7)
+    images.start()
+    for content in ast.literal_eval(sys.stdin.read()):
+        with Admission(max_images=1, max_bytes=10**9, estimate_s=lambda: 1.0).enter(1) as place:
+            try:
+                await images.decode(EncodedImage(content), place)
+            except ImageError:
+                pass
+    images.stop()
+
+asyncio.run(main())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], input=repr(hostile), capture_output=True, text=True, timeout=100
+    )
+    assert (run.returncode, run.stderr, run.stdout) == (0, "", "")
+
+
+def whole_files() -> list[bytes]:
+    """One of each kind, small."""
+    rgb = picture(17, 13)
+    exif = Pillow.Exif()
+    exif[0x0112] = 6
+    turned = {"exif": exif, "icc_profile": icc_profiles.ADOBE_RGB}
+    images = [
+        *((rgb, form, {}) for form in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")),
+        (rgb, "JPEG", {"progressive": True, **turned}),
+        (rgb, "WEBP", turned),
+        (rgb, "PNG", turned),
+        (rgb, "TIFF", {"compression": "tiff_lzw", **turned}),
+        (rgb, "TIFF", {"compression": "tiff_adobe_deflate"}),
+        (rgb, "TIFF", {"compression": "jpeg"}),
+        (rgb.convert("L"), "JPEG", {}),
+        (rgb.convert("CMYK"), "JPEG", {"icc_profile": icc_profiles.PRESS}),
+        (rgb.convert("CMYK"), "TIFF", {}),
+        (rgb.convert("RGBA"), "PNG", {}),
+        (rgb.quantize(20), "PNG", {"transparency": 3}),
+        (rgb, "MPO", {"save_all": True, "append_images": [rgb]}),
+        (rgb, "GIF", {"save_all": True, "append_images": [rgb.convert("1")], "transparency": 1}),
+    ]
+    deep = np.arange(17 * 13, dtype=np.uint16).reshape(13, 17) * 290
+    files = [encoded(image, form, **options).content for image, form, options in images]
+    return [*files, encoded(Pillow.fromarray(deep), "PNG").content, tiff(deep, order=">"), tiff(deep, photometric=0)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=250, deadline=None)
+@given(st.sampled_from(whole_files()), st.sampled_from([None, 4]), st.data())
+def test_broken_bytes_give_an_image_or_an_image_error(
+    images: Images, whole: bytes, least_px: int | None, data: st.DataObject
+) -> None:
+    # given: a file cut at either end or in the middle, or with flipped bytes, or both
+    content = bytearray(whole)
+    if data.draw(st.booleans()):
+        start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
+        del content[start:end]
+    for _ in range(data.draw(st.integers(0, 6))) if content else ():
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
-        image = decode(images, EncodedImage(bytes(content)))
+        image = decode(images, EncodedImage(bytes(content)), least_px)
     except ServiceError as error:
         assert isinstance(error, ImageError)
         assert "0x" not in str(error)
     else:
-        assert image.rgb.shape == (image.height_px, image.width_px, 3)
+        rows, columns = -(-image.height_px // image.reduction), -(-image.width_px // image.reduction)
+        assert image.rgb.shape == (rows, columns, 3)
