@@ -32,26 +32,27 @@ class Answers:
     ) -> AsyncGenerator[str | GenerateSummary, None]:
         """Pieces of text, then the summary. Raises a ServiceError."""
         since_s = time.perf_counter()
-        describer, generations = self._models.describer(model, "model")
-        generations.check_room()
-        with ExitStack() as places:
+        with self._models.use_describer(model, "model") as loaded:
+            describer, generations = loaded.describer, loaded.generations
+            generations.check_room()
+            with ExitStack() as places:
 
-            async def pictured(part: str | ImageSource) -> str | Image:
-                if isinstance(part, str):
-                    return part
-                place = places.enter_context(self._admission.enter(part.size_bytes))
-                return (await self._images.decode(part, place)).image
+                async def pictured(part: str | ImageSource) -> str | Image:
+                    if isinstance(part, str):
+                        return part
+                    place = places.enter_context(self._admission.enter(part.size_bytes))
+                    return (await self._images.decode(part, place)).image
 
-            conversation = [
-                PicturedTurn(turn.role, tuple(await asyncio.gather(*(pictured(part) for part in turn.parts))))
-                for turn in turns
-            ]
-            prompt = await self._images.run(lambda: describer.prepare(conversation))
-        async with aclosing(
-            generations.stream(describer.order(prompt, options), deadline_s=deadline_s, since_s=since_s)
-        ) as pieces:
-            async for piece in pieces:
-                yield piece
+                conversation = [
+                    PicturedTurn(turn.role, tuple(await asyncio.gather(*(pictured(part) for part in turn.parts))))
+                    for turn in turns
+                ]
+                prompt = await self._images.run(lambda: describer.prepare(conversation))
+            async with aclosing(
+                generations.stream(describer.order(prompt, options), deadline_s=deadline_s, since_s=since_s)
+            ) as pieces:
+                async for piece in pieces:
+                    yield piece
 
     async def analyze(
         self,
@@ -65,14 +66,15 @@ class Answers:
     ) -> Analysis:
         """The objects first, then the answer, grounded in them; the image is decoded once. Raises a ServiceError."""
         since_s = time.perf_counter()
-        describer, generations = self._models.describer(model, "model")
-        generations.check_room()
-        self._detections.check(detect_options, "detect_options")
-        seen = await self._detections.detect(source, detect_options, deadline_s, priority=priority)
-        asked = ground(question, [found.label for found in seen.answer.detections])
-        conversation = [PicturedTurn(Role.USER, (seen.image, asked))]
-        summary = await self._whole(describer, generations, conversation, options, deadline_s, since_s)
-        return Analysis(seen.answer, summary)
+        with self._models.use_describer(model, "model") as loaded:
+            describer, generations = loaded.describer, loaded.generations
+            generations.check_room()
+            self._detections.check(detect_options, "detect_options")
+            seen = await self._detections.detect(source, detect_options, deadline_s, priority=priority, whole=True)
+            asked = ground(question, [found.label for found in seen.answer.detections])
+            conversation = [PicturedTurn(Role.USER, (seen.image, asked))]
+            summary = await self._whole(describer, generations, conversation, options, deadline_s, since_s)
+            return Analysis(seen.answer, summary)
 
     async def _whole(
         self,

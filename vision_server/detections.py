@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from serving.errors import ServiceError
 from vision_server import metrics
 from vision_server.admission import Admission
-from vision_server.annotate import annotate
+from vision_server.annotate import MAX_SIDE_PX, annotate
 from vision_server.detector import DetectItem
 from vision_server.errors import InvalidField
 from vision_server.images import Image, Images
+from vision_server.loaded import LoadedDetector
+from vision_server.masks import draw_masks, with_masks
 from vision_server.models import Models
-from vision_server.requests import DetectOptions, ImageSource, Priority
+from vision_server.requests import DetectOptions, ImageSource, Priority, StreamOptions
+from vision_server.results import Detection, Found, Task, Timings
 from vision_server.results import Detections as Answer
-from vision_server.results import Timings
+
+Follow = Callable[[Image, tuple[Detection, ...]], Awaitable[tuple[Detection, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +42,24 @@ class Detections:
 
     def check(self, options: DetectOptions, field: str = "options") -> None:
         """Raises what is wrong with the options, before there is an image; `field` is where they stand."""
-        _, detector, _ = self._models.detector(options.model, f"{field}.model")
-        try:
-            detector.class_ids(options.labels)
-        except KeyError as error:
-            raise InvalidField(
-                f"{field}.labels",
-                f"has {error.args[0]!r}, which the model does not know.",
-                "GetModel tells its labels.",
-            ) from None
+        with self._models.use_detector(options.model, f"{field}.model") as model:
+            _class_ids(model, options, field)
+
+    def check_stream(self, options: StreamOptions) -> None:
+        """Raises what is wrong with a stream's config, before there is a frame."""
+        self.check(options.detect, "config.options")
+        with self._models.use_detector(options.detect.model, "config.options.model") as model:
+            if options.tracker is not None and model.card.task is Task.CLASSIFY:
+                raise InvalidField(
+                    "config.tracker",
+                    f"is {options.tracker}, but {model.name!r} tells what a whole image is.",
+                    "Trackers follow what models of the other tasks find.",
+                )
+
+    def capacity(self, options: DetectOptions) -> tuple[str, int]:
+        """The model that answers, and how many images keep it busy: computed, as many waiting, one a decoding thread."""
+        with self._models.use_detector(options.model, "options.model") as model:
+            return model.name, 2 * model.batcher.capacity + self._images.threads
 
     async def detect(
         self,
@@ -54,10 +69,17 @@ class Detections:
         *,
         priority: Priority = Priority.STANDARD,
         patient: bool = False,
+        whole: bool = False,
+        follow: Follow | None = None,
     ) -> Seen:
-        """Raises a ServiceError; `deadline_s` is a moment of time.perf_counter(). `patient`: waits when the server is full."""
+        """Raises a ServiceError; `deadline_s` is a moment of time.perf_counter(). `patient`: waits when the server is full.
+
+        `whole`: the caller looks at the picture too, so that all its pixels are decoded. `follow` is handed what was found and
+        answers it numbered, before masks are made and boxes drawn.
+        """
         try:
-            seen = await self._detect(source, options, deadline_s, priority, patient)
+            with self._models.use_detector(options.model, "options.model") as model:
+                seen = await self._detect(model, source, options, deadline_s, priority, patient, whole, follow)
         except ServiceError as error:
             metrics.IMAGES.labels(error.reason).inc()
             raise
@@ -66,43 +88,76 @@ class Detections:
 
     async def _detect(
         self,
+        model: LoadedDetector,
         source: ImageSource,
         options: DetectOptions,
         deadline_s: float | None,
         priority: Priority,
         patient: bool,
+        whole: bool,
+        follow: Follow | None,
     ) -> Seen:
         began_s = time.perf_counter()
-        self.check(options)
-        model, detector, batcher = self._models.detector(options.model, "options.model")
-        enter = self._admission
-        with await enter.enter_when_free(source.size_bytes) if patient else enter.enter(source.size_bytes) as place:
-            decoded, fitted = await self._images.decode_then(source, place, detector.fit)
+        class_ids = _class_ids(model, options, "options")
+        detector, batcher = model.detector, model.batcher
+        # A JPEG is decoded as small as the model, or who draws on it, needs it.
+        side_px = detector.card.input_size_px
+        least_px = None if whole else max(side_px, MAX_SIDE_PX) if options.annotate else side_px
+        enter, size_bytes = self._admission, source.size_bytes
+        if not patient:
+            batcher.check_room(priority)  # before anything is decoded
+        with (
+            await enter.enter_when_free(size_bytes, priority) if patient else enter.enter(size_bytes, priority) as place
+        ):
+            decoded, fitted = await self._images.decode_then(
+                source, place, detector.fit, least_px, shorter_side=model.card.task is Task.CLASSIFY
+            )
             image = decoded.image
-            item = DetectItem(fitted, options, detector.class_ids(options.labels))
-            batched = await batcher.submit(item, deadline_s=deadline_s)
+            item = DetectItem(fitted, options, class_ids)
+            batched = await batcher.submit(item, deadline_s=deadline_s, priority=priority)
             found = batched.result
-            drawn_s = 0.0
-            picture = b""
-            if options.annotate:
-                drawing_s = time.perf_counter()
-                picture = await self._images.run(lambda: annotate(image.rgb, found.detections))
-                drawn_s = time.perf_counter() - drawing_s
+            detections = found.detections if follow is None else await follow(image, found.detections)
+            picture, drawing_ms = b"", 0.0
+            if options.annotate or (options.masks and found.masks):
+                detections, picture, drawing_ms = await self._images.run(
+                    partial(_draw, image, found, detections, options)
+                )
         metrics.DECODE_SECONDS.observe(decoded.decode_ms / 1000)
-        metrics.QUEUE_SECONDS.labels(model.name).observe(batched.queue_ms / 1000)
-        metrics.INFERENCE_SECONDS.labels(model.name).observe(found.inference_ms / 1000)
-        metrics.POSTPROCESS_SECONDS.labels(model.name).observe(found.postprocess_ms / 1000)
-        metrics.BATCH_SIZE.labels(model.name).observe(batched.batch_size)
+        model.meters.count_image(queue_ms=batched.queue_ms, postprocess_ms=found.postprocess_ms + drawing_ms)
         timings = Timings(
             decode_ms=decoded.decode_ms,
             queue_ms=batched.queue_ms,
             inference_ms=found.inference_ms,
-            postprocess_ms=found.postprocess_ms + drawn_s * 1000,
+            postprocess_ms=found.postprocess_ms + drawing_ms,
             total_ms=(time.perf_counter() - began_s) * 1000,
             batch_size=batched.batch_size,
         )
-        version = model.card.version if model.card else ""
+        version = model.card.version
         answer = Answer(
-            model.name, version, image.width_px, image.height_px, found.detections, found.classes, timings, picture
+            model.name, version, image.width_px, image.height_px, detections, found.classes, timings, picture
         )
         return Seen(answer, image)
+
+
+def _class_ids(model: LoadedDetector, options: DetectOptions, field: str) -> tuple[int, ...] | None:
+    """The numbers of the labels asked for; None: all. Raises InvalidField; `field` is where the options stand."""
+    try:
+        return model.detector.class_ids(options.labels)
+    except KeyError as error:
+        raise InvalidField(
+            f"{field}.labels", f"has {error.args[0]!r}, which the model does not know.", "GetModel tells its labels."
+        ) from None
+
+
+def _draw(
+    image: Image, found: Found, detections: tuple[Detection, ...], options: DetectOptions
+) -> tuple[tuple[Detection, ...], bytes, float]:
+    """The detections with the masks that were asked for, the picture if it was, and how many milliseconds both took."""
+    began_s = time.perf_counter()
+    masks = draw_masks(found.masks, found.detections, detections) if found.masks else []
+    picture = b""
+    if options.annotate:
+        picture = annotate(image.rgb, detections, found.classes, masks, reduction=image.reduction)
+    if options.masks and masks:
+        detections = with_masks(detections, masks, options.masks, image.width_px, image.height_px)
+    return detections, picture, (time.perf_counter() - began_s) * 1000

@@ -11,8 +11,10 @@ ServiceError
 ├── ModelFailed          could not be loaded
 ├── ModelUnloaded        not in memory
 ├── MemoryExceeded       a model that does not fit
+├── ModelControlOff      callers may not load or unload
 ├── WrongTask            a describer asked to detect, or the other way round
 ├── QueueFull            too much waits
+├── StreamsFull          too many streams are open
 ├── DeadlinePassed       not worth computing any more
 ├── Draining             the server is on its way out
 ├── WrongOrder           messages of a stream
@@ -122,7 +124,7 @@ class ModelFailed(ServiceError):
             Code.FAILED_PRECONDITION,
             "MODEL_FAILED",
             f"The model {name!r} could not be loaded: {why}",
-            cure="The server's operator can mend that and start it again.",
+            cure="The server's operator can mend that and load it again (LoadModel).",
             metadata={"model": name},
         )
 
@@ -159,6 +161,18 @@ class MemoryExceeded(ServiceError):
         )
 
 
+class ModelControlOff(ServiceError):
+    """The operator keeps loading and unloading to himself."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            Code.PERMISSION_DENIED,
+            "MODEL_CONTROL_OFF",
+            "This server lets no caller load or unload models.",
+            cure="Set VISION_MODEL_CONTROL=true on the server, or name the models in VISION_DETECTOR and VISION_DESCRIBER.",
+        )
+
+
 class WrongTask(ServiceError):
     """The model does another task."""
 
@@ -189,6 +203,20 @@ class QueueFull(ServiceError):
             cure="Try again later, or send fewer at once.",
             metadata={"waiting": waiting, "limit": limit},
             retry_after_s=retry_after_s,
+        )
+
+
+class StreamsFull(ServiceError):
+    """Too many streams are open."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            Code.RESOURCE_EXHAUSTED,
+            "QUEUE_FULL",
+            f"{limit:,} streams are open; no more are let in.",
+            cure="Try again later, or raise VISION_MAX_STREAMS on the server.",
+            metadata={"limit": limit},
+            retry_after_s=5.0,  # streams last: no use in knocking every second
         )
 
 

@@ -57,7 +57,7 @@ class Images:
     """
 
     def __init__(self, *, threads: int, max_bytes: int, max_pixels: int, gpu: str = "") -> None:
-        self._threads = threads
+        self.threads = threads
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._gpu = gpu
@@ -71,7 +71,7 @@ class Images:
         quieten()
         # One image a thread: OpenCV's own threads would only get in the way of the pool's.
         cv2.setNumThreads(1)
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         if self._gpu:
             self._pool.submit(self._find_gpu_decoder)
 

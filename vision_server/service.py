@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -21,23 +20,33 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from serving.errors import not_served_yet
 from serving.health import Health
 from serving.transcoding import to_dict
 from vision_server import __version__, metrics, wire
 from vision_server.admission import Admission
 from vision_server.answers import Answers
 from vision_server.detections import Detections
-from vision_server.devices import read_devices
-from vision_server.errors import ImageEmpty, WrongOrder
+from vision_server.devices import Devices
+from vision_server.errors import ImageEmpty, ModelControlOff, WrongOrder
 from vision_server.images import Images, decode_threads
 from vision_server.models import READY_NAME, Models
 from vision_server.requests import EncodedImage, Frame
 from vision_server.results import ServerInfo
 from vision_server.settings import VisionSettings
-from vision_server.stream import detect_stream
+from vision_server.streams import Streams
 
-CAPABILITIES = ("detect", "detect_stream", "generate", "analyze", "annotate")
+CAPABILITIES = (
+    "detect",
+    "detect_stream",
+    "generate",
+    "analyze",
+    "annotate",
+    "masks",
+    "track",
+    "drop_oldest",
+    "load_model",
+    "watch_devices",
+)
 
 
 class VisionServer(
@@ -65,14 +74,18 @@ class VisionServer(
             threads=decode_threads(settings.decode_threads, settings.core_count),
             max_bytes=settings.max_image_bytes,
             max_pixels=settings.max_image_pixels,
+            gpu="cuda:0" if settings.gpu_decode else "",
         )
         self._models = Models(settings)
         self._admission = Admission(
             max_images=settings.max_queued_images,
             max_bytes=settings.max_queued_bytes,
             estimate_s=lambda: self._models.estimate_s(),
+            ageing_ms=settings.priority_ageing_ms,
         )
+        self._devices = Devices(self._models.busy_s)
         self._detections = Detections(self._models, self._images, self._admission)
+        self._streams = Streams(self._detections, self._images, max_streams=settings.max_streams)
         self._answers = Answers(self._models, self._images, self._admission, self._detections)
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -96,7 +109,10 @@ class VisionServer(
         self._models.start(health)
 
     def drain(self) -> None:
-        """Nothing: every call here ends by itself."""
+        """Ends what would last: streams, watches of the devices, and waiting for a model to load."""
+        self._streams.drain()
+        self._devices.drain()
+        self._models.drain()
 
     async def stop(self) -> None:
         """Lets go of the models."""
@@ -122,8 +138,7 @@ class VisionServer(
         if first is None or first.WhichOneof("message") != "config":
             raise WrongOrder("The stream does not begin with a config.", "Send `config` first, then `frame`s.")
         options = wire.read_stream_config(first.config, self._settings, _priority_word(context))
-        self._detections.check(options.detect, "config.options")
-        stream = detect_stream(_frames(requests), self._detections, options)
+        stream = self._streams.detect(_frames(requests), options, _deadline_s(context))
         async with aclosing(stream) as items:
             async for item in items:
                 yield wire.write_stream(item)
@@ -163,39 +178,49 @@ class VisionServer(
         self, request: model_service_pb2.ListModelsRequest, context: Any
     ) -> model_service_pb2.ListModelsResponse:
         """Lists the models."""
-        return wire.write_models(self._models.infos)
+        return wire.write_models(await self._models.list())
 
     async def GetModel(
         self, request: model_service_pb2.GetModelRequest, context: Any
     ) -> model_service_pb2.GetModelResponse:
         """Tells of one model."""
-        return model_service_pb2.GetModelResponse(model=wire.write_model(self._models.info(request.name)))
+        return model_service_pb2.GetModelResponse(model=wire.write_model(await self._models.get(request.name)))
 
     async def LoadModel(
         self, request: model_service_pb2.LoadModelRequest, context: Any
     ) -> model_service_pb2.LoadModelResponse:
-        """To come."""
-        raise not_served_yet("LoadModel")
+        """Loads a model, or loads it anew."""
+        self._check_model_control()
+        info = await self._models.load(request.name, wire.read_aliases(request))
+        return model_service_pb2.LoadModelResponse(model=wire.write_model(info))
 
     async def UnloadModel(
         self, request: model_service_pb2.UnloadModelRequest, context: Any
     ) -> model_service_pb2.UnloadModelResponse:
-        """To come."""
-        raise not_served_yet("UnloadModel")
+        """Unloads a model."""
+        self._check_model_control()
+        info = await self._models.unload(request.name)
+        return model_service_pb2.UnloadModelResponse(model=wire.write_model(info))
 
     async def ListDevices(
         self, request: device_service_pb2.ListDevicesRequest, context: Any
     ) -> device_service_pb2.ListDevicesResponse:
         """Lists the devices."""
-        devices = await asyncio.to_thread(read_devices, self._models.take_busy_ratio())
-        return device_service_pb2.ListDevicesResponse(devices=[wire.write_device(device) for device in devices])
+        devices = await self._devices.list()
+        return device_service_pb2.ListDevicesResponse(devices=map(wire.write_device, devices))
 
     async def WatchDevices(
         self, request: device_service_pb2.WatchDevicesRequest, context: Any
     ) -> AsyncIterator[device_service_pb2.WatchDevicesResponse]:
-        """To come."""
-        raise not_served_yet("WatchDevices")
-        yield  # makes this a stream
+        """Tells of the devices again and again."""
+        moments = self._devices.watch(wire.read_interval_s(request))
+        async with aclosing(moments):
+            async for devices in moments:
+                yield device_service_pb2.WatchDevicesResponse(devices=map(wire.write_device, devices))
+
+    def _check_model_control(self) -> None:
+        if not self._settings.model_control:
+            raise ModelControlOff
 
     def _info(self) -> ServerInfo:
         settings = self._settings
@@ -210,9 +235,11 @@ class VisionServer(
                 "max_message_bytes": self._max_message_bytes,
                 "max_queued_images": settings.max_queued_images,
                 "max_stream_in_flight": settings.max_stream_in_flight,
+                "max_streams": settings.max_streams,
                 "max_new_tokens": settings.max_new_tokens,
                 "max_queued_generations": settings.max_queued_generations,
                 "max_images_per_request": settings.max_images_per_request,
+                "max_model_bytes": self._models.limit_bytes,
             },
             capabilities=CAPABILITIES,
             ready=self._models.ready,

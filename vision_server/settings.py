@@ -51,7 +51,11 @@ class VisionSettings(BaseSettings):
         "shipped, none otherwise.",
     )
     offline: bool = Field(False, description="Never fetch a model; what is not on this machine fails to load.")
-    device: str = Field("auto", description="`auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:1`.")
+    device: str = Field(
+        "auto",
+        description="`auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:1`; several with commas (`cuda:0,cuda:1`) "
+        "share each detector's images; describers run on the first.",
+    )
     engine: Literal["auto", "pytorch", "onnxruntime", "openvino", "tensorrt"] = Field(
         "auto",
         description="What computes detectors. `auto`: on the CPU OpenVINO where it is installed, on a GPU an exported TensorRT "
@@ -69,7 +73,11 @@ class VisionSettings(BaseSettings):
     torch_threads: int = Field(
         0,
         ge=0,
-        description="Threads of one forward pass on the CPU. 0: one, since batches side by side use the cores better.",
+        description="Threads of one forward pass on the CPU, whatever the engine. 0: one, since batches side by side use the "
+        "cores better.",
+    )
+    gpu_decode: bool = Field(
+        False, description="Decode plain JPEGs on the GPU (nvJPEG, through torchvision) where there is one."
     )
     decode_threads: int = Field(0, ge=0, description="Threads that decode images. 0: as many as cores, at most 8.")
 
@@ -78,10 +86,19 @@ class VisionSettings(BaseSettings):
         50_000_000, ge=1, description="Pixels of one image, read from its header before it is decoded."
     )
     max_queued_images: int = Field(
-        256, ge=1, description="Images being worked on or waiting, in the whole server; more get RESOURCE_EXHAUSTED."
+        256,
+        ge=1,
+        description="Images being worked on or waiting, in the whole server; more get RESOURCE_EXHAUSTED. Callers of priority "
+        "STANDARD may fill 90 % of it, BATCH 75 %; frames of streams, which wait instead, one step less.",
     )
     max_queued_bytes: int = Field(
         1 << 30, ge=1, description="Bytes that those images take, encoded and decoded; more get RESOURCE_EXHAUSTED."
+    )
+    max_wait_ms: float = Field(
+        5000.0,
+        ge=0,
+        description="When those ahead of an image take longer than this, by what the last batches took, it is refused before it "
+        "is decoded and told when to come back; frames of streams wait instead. 0: VISION_MAX_QUEUED_IMAGES alone decides.",
     )
     max_batch: int = Field(8, ge=1, le=256, description="Images in one forward pass.")
     max_delay_ms: float = Field(
@@ -109,6 +126,11 @@ class VisionSettings(BaseSettings):
         ge=0,
         description="Memory that all models together may take; a model that does not fit is refused before it is loaded. "
         "0: 90 % of the GPU's, or of the memory that is free at the start on the CPU.",
+    )
+
+    model_control: bool = Field(
+        True,
+        description="Whether callers may load and unload models (LoadModel, UnloadModel). False: PERMISSION_DENIED.",
     )
 
     max_new_tokens: int = Field(1024, ge=1, description="Tokens of one generation.")

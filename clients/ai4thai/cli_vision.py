@@ -48,7 +48,7 @@ from ai4thai.cli_output import (
 from ai4thai.errors import AI4ThaiError
 from ai4thai.frames import read_frames
 from ai4thai.image_input import ImageInput
-from ai4thai.options import DetectOptions, TextOptions
+from ai4thai.options import DetectOptions, StreamOptions, TextOptions
 from ai4thai.results import FrameResult, jpeg_path
 from ai4thai.vision_client import VisionClient
 
@@ -108,17 +108,39 @@ def stream(
     stride: Annotated[int, typer.Option(min=1, help="Take every how many pictures one.")] = 1,
     limit: Annotated[int, typer.Option(min=0, help="Take at most so many; 0: all.")] = 0,
     max_in_flight: Annotated[int, typer.Option(min=0, help="Pictures at the server at once; 0: its default.")] = 0,
+    tracker: Annotated[
+        str,
+        typer.Option(metavar="TRACKER", help="Number the objects: bytetrack, or botsort where the camera moves."),
+    ] = "",
+    drop_oldest: Annotated[
+        bool, typer.Option("--drop-oldest", help="Drop pictures that come too fast: the latest one counts.")
+    ] = False,
+    save_dir: Annotated[
+        Path | None, typer.Option(help="A folder for the pictures with the boxes drawn in (JPEG).")
+    ] = None,
     model: Detector = "",
     min_confidence: MinConfidence = None,
     iou_threshold: IouThreshold = None,
     max_detections: MaxDetections = None,
     label: OnlyLabels = None,
+    masks: Masks = False,
+    mask_form: MaskForm = "",
+    priority: Priority = "",
     json: AsJson = False,
     vision: VisionAddress = VISION,
 ) -> None:
     """Finds the objects in every picture of a video or folder, over one stream."""
-    options = detect_options(model, min_confidence, iou_threshold, max_detections, label)
+    options: StreamOptions = {
+        **detect_options(model, min_confidence, iou_threshold, max_detections, label, masks, mask_form),
+        "annotate": save_dir is not None,
+        "max_in_flight": max_in_flight,
+        "tracker": tracker,
+        "overflow": "drop_oldest" if drop_oldest else "",
+        "priority": priority,
+    }
     frames = read_frames(source, stride, limit)
+    if save_dir is not None:
+        save_dir.mkdir(parents=True, exist_ok=True)
     names: deque[str] = deque()  # of the pictures on their way: results come in their order
 
     def pictures() -> Iterator[ImageInput]:
@@ -127,10 +149,11 @@ def stream(
             yield picture
 
     labels: Counter[str] = Counter()
+    followed: dict[int, str] = {}
     begun_s = time.monotonic()
     with (
         VisionClient(vision) as client,
-        client.detect_stream(pictures(), max_in_flight=max_in_flight, **options) as results,
+        client.detect_stream(pictures(), **options) as results,
         _progress() as progress,
     ):
         task = progress.add_task(source.name, total=frames.count, speed="")
@@ -139,6 +162,9 @@ def stream(
             _tell_frame(progress, name, result, json)
             if result.detection is not None:
                 labels.update(item.label for item in result.detection.detections)
+                followed.update((d.track_id, d.label) for d in result.detection.detections if d.track_id is not None)
+                if save_dir is not None:
+                    result.detection.save(save_dir / f"{done:05d} {Path(name).stem}.jpg")
             progress.update(task, completed=done, speed=f"{done / (time.monotonic() - begun_s):.1f} images/s")
         summary = results.summary
     elapsed_s = time.monotonic() - begun_s
@@ -147,8 +173,13 @@ def stream(
     else:
         out.print(
             f"[bold]{summary.detected_count}[/] images answered, {summary.error_count} with an error, "
-            f"in {elapsed_s:.1f} s ([bold]{summary.received_count / elapsed_s:.1f} images/s[/]): {in_words(labels.elements())}"
+            f"{summary.dropped_count} dropped, in {elapsed_s:.1f} s "
+            f"([bold]{summary.received_count / elapsed_s:.1f} images/s[/]): {in_words(labels.elements())}"
         )
+        if tracker:
+            out.print(f"followed: {in_words(followed.values())}")
+    if save_dir is not None:
+        err.print(f"[green]saved[/] {save_dir}")
 
 
 def ask(

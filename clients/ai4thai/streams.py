@@ -9,7 +9,7 @@ from typing import Any, Generic, Self, TypeAlias, TypeVar, cast
 from ai4thai import wire
 from ai4thai.errors import AI4ThaiError, Cancelled, ServerFault, translated
 from ai4thai.image_input import ImageInput
-from ai4thai.options import DetectOptions
+from ai4thai.options import StreamOptions
 from ai4thai.results import Answer, FrameResult, StreamSummary
 from ai4thai.vision.v1 import vision_service_pb2
 
@@ -156,18 +156,21 @@ class AsyncTextStream(_AsyncStream[str, Answer]):
 
 
 class DetectStream(_SyncStream[FrameResult, StreamSummary]):
-    """Results in the images' order; images are read as the server takes them, never far ahead."""
+    """Results in the images' order; images are read as the server takes them, never far ahead.
+
+    A server that shuts down answers the images that it has read, then iterating raises Unavailable: send those without a result
+    in a new stream, to another server if there is one.
+    """
 
     def __init__(
         self,
         start: Callable[[Iterator[vision_service_pb2.DetectStreamRequest]], Call],
         images: Iterable[ImageInput],
-        options: DetectOptions,
-        max_in_flight: int,
+        options: StreamOptions,
         address: str,
     ) -> None:
         super().__init__(address, wire.read_stream_message, StreamSummary)
-        config = wire.write_stream_config(options, max_in_flight)
+        config = wire.write_stream_config(options)
         self._call = start(self._requests(config, images))
 
     def _requests(
@@ -199,12 +202,11 @@ class AsyncDetectStream(_AsyncStream[FrameResult, StreamSummary]):
         self,
         start: Callable[[AsyncIterator[vision_service_pb2.DetectStreamRequest]], Call],
         images: Iterable[ImageInput] | AsyncIterable[ImageInput],
-        options: DetectOptions,
-        max_in_flight: int,
+        options: StreamOptions,
         address: str,
     ) -> None:
         super().__init__(address, wire.read_stream_message, StreamSummary)
-        config = wire.write_stream_config(options, max_in_flight)
+        config = wire.write_stream_config(options)
         self._call = start(self._requests(config, images))
 
     async def _requests(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
@@ -16,7 +16,7 @@ from ai4thai.channel import open_async_channel, open_channel
 from ai4thai.errors import translated
 from ai4thai.health import check_health, check_health_async
 from ai4thai.image_input import ImageInput
-from ai4thai.options import DetectOptions, Message, TextOptions
+from ai4thai.options import DetectOptions, Message, StreamOptions, TextOptions
 from ai4thai.results import Analysis, DetectResult
 from ai4thai.server_info import Device, Health, Model, ServerInfo
 from ai4thai.streams import AsyncDetectStream, AsyncTextStream, DetectStream, TextStream
@@ -62,10 +62,13 @@ class VisionClient:
         self._devices = device_service_pb2_grpc.DeviceServiceStub(self._channel)
 
     def detect(
-        self, image: ImageInput, *, timeout_s: float | None = None, **options: Unpack[DetectOptions]
+        self, image: ImageInput, *, priority: str = "", timeout_s: float | None = None, **options: Unpack[DetectOptions]
     ) -> DetectResult:
-        """Finds the objects in one image; `annotate=True` also brings the picture with the boxes drawn in."""
-        request = wire.write_detect(image, options)
+        """Finds the objects in one image; `annotate=True` also brings the picture with the boxes drawn in.
+
+        `priority`: whose turn it is while the server is busy, `interactive`, `standard` (the default) or `batch`.
+        """
+        request = wire.write_detect(image, options, priority)
         with translated(self.address):
             return wire.read_detect(self._vision.Detect(request, timeout=timeout_s or self._timeout_s))
 
@@ -73,20 +76,19 @@ class VisionClient:
         self,
         images: Iterable[ImageInput],
         *,
-        max_in_flight: int = 0,
         timeout_s: float | None = None,
-        **options: Unpack[DetectOptions],
+        **options: Unpack[StreamOptions],
     ) -> DetectStream:
         """Finds the objects in each image of a stream; results come in order, a bad image is a result with an error.
 
-        Images are taken from the iterable as the server works them off, `max_in_flight` at once (0: the server's default).
-        The stream's `summary` has the counts afterwards. Without timeout_s it may last for ever.
+        Images are taken from the iterable as the server works them off, `max_in_flight` at once (0: the server's default). With
+        a `tracker` objects keep their `track_id` through the stream. The stream's `summary` has the counts afterwards. Without
+        timeout_s it may last for ever.
         """
         return DetectStream(
             lambda requests: self._vision.DetectStream(requests, timeout=timeout_s),
             images,
             options,
-            max_in_flight,
             self.address,
         )
 
@@ -110,10 +112,11 @@ class VisionClient:
         *,
         detect: DetectOptions | None = None,
         text: TextOptions | None = None,
+        priority: str = "",
         timeout_s: float | None = None,
     ) -> Analysis:
         """Finds the objects in one image and answers a question about it, grounded in what was found."""
-        request = wire.write_analyze(image, question, detect or {}, text or {})
+        request = wire.write_analyze(image, question, detect or {}, text or {}, priority)
         with translated(self.address):
             return wire.read_analyze(self._vision.Analyze(request, timeout=timeout_s or self._timeout_s))
 
@@ -123,12 +126,34 @@ class VisionClient:
         with translated(self.address):
             return wire.read_info(self._vision.GetServerInfo(request, timeout=timeout_s or self._timeout_s))
 
-    def models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
-        """The models that the server was told to serve, loaded or not."""
+    def list_models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
+        """The models that the server was told to serve, then the others that it has or could load."""
         request = model_service_pb2.ListModelsRequest()
         with translated(self.address):
             answer = self._models.ListModels(request, timeout=timeout_s or self._timeout_s)
         return tuple(wire.read_model(model) for model in answer.models)
+
+    def get_model(self, name: str, *, timeout_s: float | None = None) -> Model:
+        """One model, and how far it is while it loads."""
+        request = model_service_pb2.GetModelRequest(name=name)
+        with translated(self.address):
+            return wire.read_model(self._models.GetModel(request, timeout=timeout_s or self._timeout_s).model)
+
+    def load_model(self, name: str, aliases: Sequence[str] = (), *, timeout_s: float | None = None) -> Model:
+        """Loads a model that lies in the server's model directory, or anew when its weights have changed; until it is ready.
+
+        `aliases`: other names that it shall answer to, taken from the models that have them now. Without timeout_s it takes as
+        long as it takes. A call that ends early does not stop the loading: get_model tells how far it is.
+        """
+        request = wire.write_load_model(name, aliases)
+        with translated(self.address):
+            return wire.read_model(self._models.LoadModel(request, timeout=timeout_s).model)
+
+    def unload_model(self, name: str, *, timeout_s: float | None = None) -> Model:
+        """Has a model finish its calls and leave the memory; until it has. Without timeout_s as long as that takes."""
+        request = model_service_pb2.UnloadModelRequest(name=name)
+        with translated(self.address):
+            return wire.read_model(self._models.UnloadModel(request, timeout=timeout_s).model)
 
     def devices(self, *, timeout_s: float | None = None) -> tuple[Device, ...]:
         """The devices that the models run on."""
@@ -136,6 +161,16 @@ class VisionClient:
         with translated(self.address):
             answer = self._devices.ListDevices(request, timeout=timeout_s or self._timeout_s)
         return tuple(wire.read_device(device) for device in answer.devices)
+
+    def watch_devices(self, interval_s: float = 1.0, *, timeout_s: float | None = None) -> Iterator[tuple[Device, ...]]:
+        """The devices now and then each `interval_s` (0.1 s to 1 hour), until you stop reading or the server stops."""
+        call = self._devices.WatchDevices(wire.write_watch_devices(interval_s), timeout=timeout_s)
+        try:
+            with translated(self.address):
+                for answer in call:
+                    yield tuple(wire.read_device(device) for device in answer.devices)
+        finally:
+            call.cancel()
 
     def health(self, service: str = "", *, timeout_s: float | None = None) -> Health:
         """Whether the process lives (empty), SERVICE_NAME is ready, or `model/<name>` is."""
@@ -168,10 +203,10 @@ class AsyncVisionClient:
         self._credentials = credentials
 
     async def detect(
-        self, image: ImageInput, *, timeout_s: float | None = None, **options: Unpack[DetectOptions]
+        self, image: ImageInput, *, priority: str = "", timeout_s: float | None = None, **options: Unpack[DetectOptions]
     ) -> DetectResult:
         """See VisionClient.detect."""
-        request = await asyncio.to_thread(wire.write_detect, image, options)  # may read a file
+        request = await asyncio.to_thread(wire.write_detect, image, options, priority)  # may read a file
         with translated(self.address):
             return wire.read_detect(await self._vision.Detect(request, timeout=timeout_s or self._timeout_s))
 
@@ -179,16 +214,14 @@ class AsyncVisionClient:
         self,
         images: Iterable[ImageInput] | AsyncIterable[ImageInput],
         *,
-        max_in_flight: int = 0,
         timeout_s: float | None = None,
-        **options: Unpack[DetectOptions],
+        **options: Unpack[StreamOptions],
     ) -> AsyncDetectStream:
         """See VisionClient.detect_stream; the images may come asynchronously."""
         return AsyncDetectStream(
             lambda requests: self._vision.DetectStream(requests, timeout=timeout_s),
             images,
             options,
-            max_in_flight,
             self.address,
         )
 
@@ -216,10 +249,11 @@ class AsyncVisionClient:
         *,
         detect: DetectOptions | None = None,
         text: TextOptions | None = None,
+        priority: str = "",
         timeout_s: float | None = None,
     ) -> Analysis:
         """See VisionClient.analyze."""
-        request = await asyncio.to_thread(wire.write_analyze, image, question, detect or {}, text or {})
+        request = await asyncio.to_thread(wire.write_analyze, image, question, detect or {}, text or {}, priority)
         with translated(self.address):
             return wire.read_analyze(await self._vision.Analyze(request, timeout=timeout_s or self._timeout_s))
 
@@ -229,21 +263,49 @@ class AsyncVisionClient:
         with translated(self.address):
             return wire.read_info(await self._vision.GetServerInfo(request, timeout=timeout_s or self._timeout_s))
 
-    async def models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
-        """See VisionClient.models."""
-        stub: model_service_pb2_grpc.ModelServiceAsyncStub = model_service_pb2_grpc.ModelServiceStub(self._channel)
+    async def list_models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
+        """See VisionClient.list_models."""
+        request = model_service_pb2.ListModelsRequest()
         with translated(self.address):
-            answer = await stub.ListModels(model_service_pb2.ListModelsRequest(), timeout=timeout_s or self._timeout_s)
+            answer = await self._models.ListModels(request, timeout=timeout_s or self._timeout_s)
         return tuple(wire.read_model(model) for model in answer.models)
+
+    async def get_model(self, name: str, *, timeout_s: float | None = None) -> Model:
+        """See VisionClient.get_model."""
+        request = model_service_pb2.GetModelRequest(name=name)
+        with translated(self.address):
+            return wire.read_model((await self._models.GetModel(request, timeout=timeout_s or self._timeout_s)).model)
+
+    async def load_model(self, name: str, aliases: Sequence[str] = (), *, timeout_s: float | None = None) -> Model:
+        """See VisionClient.load_model."""
+        request = wire.write_load_model(name, aliases)
+        with translated(self.address):
+            return wire.read_model((await self._models.LoadModel(request, timeout=timeout_s)).model)
+
+    async def unload_model(self, name: str, *, timeout_s: float | None = None) -> Model:
+        """See VisionClient.unload_model."""
+        request = model_service_pb2.UnloadModelRequest(name=name)
+        with translated(self.address):
+            return wire.read_model((await self._models.UnloadModel(request, timeout=timeout_s)).model)
 
     async def devices(self, *, timeout_s: float | None = None) -> tuple[Device, ...]:
         """See VisionClient.devices."""
-        stub: device_service_pb2_grpc.DeviceServiceAsyncStub = device_service_pb2_grpc.DeviceServiceStub(self._channel)
+        request = device_service_pb2.ListDevicesRequest()
         with translated(self.address):
-            answer = await stub.ListDevices(
-                device_service_pb2.ListDevicesRequest(), timeout=timeout_s or self._timeout_s
-            )
+            answer = await self._devices.ListDevices(request, timeout=timeout_s or self._timeout_s)
         return tuple(wire.read_device(device) for device in answer.devices)
+
+    async def watch_devices(
+        self, interval_s: float = 1.0, *, timeout_s: float | None = None
+    ) -> AsyncIterator[tuple[Device, ...]]:
+        """See VisionClient.watch_devices."""
+        call = self._devices.WatchDevices(wire.write_watch_devices(interval_s), timeout=timeout_s)
+        try:
+            with translated(self.address):
+                async for answer in call:
+                    yield tuple(wire.read_device(device) for device in answer.devices)
+        finally:
+            call.cancel()
 
     async def health(self, service: str = "", *, timeout_s: float | None = None) -> Health:
         """See VisionClient.health."""
@@ -260,6 +322,14 @@ class AsyncVisionClient:
     @cached_property
     def _vision(self) -> vision_service_pb2_grpc.VisionServiceAsyncStub:
         return vision_service_pb2_grpc.VisionServiceStub(self._channel)
+
+    @cached_property
+    def _models(self) -> model_service_pb2_grpc.ModelServiceAsyncStub:
+        return model_service_pb2_grpc.ModelServiceStub(self._channel)
+
+    @cached_property
+    def _devices(self) -> device_service_pb2_grpc.DeviceServiceAsyncStub:
+        return device_service_pb2_grpc.DeviceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self

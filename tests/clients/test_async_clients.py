@@ -111,7 +111,7 @@ async def test_deadlines(async_vision: AsyncVisionClient, image: Path) -> None:
 
 async def test_the_server_tells_of_itself(async_vision: AsyncVisionClient) -> None:
     assert (await async_vision.info()).version == "9.9"
-    assert [model.name for model in await async_vision.models()] == ["fake-detector"]
+    assert [model.name for model in await async_vision.list_models()] == ["fake-detector"]
     assert [device.kind for device in await async_vision.devices()] == ["cpu"]
     assert await async_vision.health() is Health.SERVING
     assert await async_vision.health("model/nobody") is Health.UNKNOWN_SERVICE

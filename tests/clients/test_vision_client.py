@@ -208,7 +208,7 @@ def test_analyze_gives_objects_and_words(vision: VisionClient, fake_vision: Fake
 
 def test_the_server_tells_of_itself(vision: VisionClient) -> None:
     assert (vision.info().version, vision.info().ready) == ("9.9", True)
-    [model] = vision.models()
+    [model] = vision.list_models()
     assert (model.name, model.task, model.state, model.labels) == ("fake-detector", "DETECT", "READY", ("star",))
     [device] = vision.devices()
     assert (device.name, device.utilization) == ("A fake CPU", None)  # what it can't tell is no false 0

@@ -37,7 +37,7 @@ class Device(_message.Message):
     BUSY_RATIO_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """Its number on this machine, from 0."""
+    """Its number on this machine, from 0, as NVML counts."""
     uuid: _builtins.str
     """NVML's unique name; empty for the CPU."""
     name: _builtins.str
@@ -51,9 +51,9 @@ class Device(_message.Message):
     utilization: _builtins.float
     """0 to 1: share of the last moment in which the device computed. Absent on MIG slices, which cannot tell."""
     temperature_celsius: _builtins.float
-    """Degrees Celsius. Absent where it cannot be read."""
+    """Degrees Celsius. Absent where it cannot be read, and on MIG slices: it is the whole card's."""
     power_watts: _builtins.float
-    """Watts drawn. Absent where it cannot be read."""
+    """Watts drawn. Absent where it cannot be read, and on MIG slices: it is the whole card's."""
     busy_ratio: _builtins.float
     """0 to 1: share of the time since the last ListDevices (at least a second) in which this server's models computed."""
     kind: _builtins.str

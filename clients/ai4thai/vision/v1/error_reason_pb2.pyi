@@ -62,6 +62,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the model does not fit into the memory that models may take; metadata has the numbers."""
     ERROR_REASON_MODEL_UNLOADED: _ErrorReason.ValueType  # 18
     """FAILED_PRECONDITION: the model is not in memory; LoadModel loads it."""
+    ERROR_REASON_MODEL_CONTROL_OFF: _ErrorReason.ValueType  # 19
+    """PERMISSION_DENIED: the operator lets no caller load or unload models."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. ErrorInfo.reason is the value's name without `ERROR_REASON_`; ErrorInfo.domain is `vision.ai4thai`."""
@@ -106,4 +108,6 @@ ERROR_REASON_MEMORY_EXCEEDED: ErrorReason.ValueType  # 17
 """FAILED_PRECONDITION: the model does not fit into the memory that models may take; metadata has the numbers."""
 ERROR_REASON_MODEL_UNLOADED: ErrorReason.ValueType  # 18
 """FAILED_PRECONDITION: the model is not in memory; LoadModel loads it."""
+ERROR_REASON_MODEL_CONTROL_OFF: ErrorReason.ValueType  # 19
+"""PERMISSION_DENIED: the operator lets no caller load or unload models."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

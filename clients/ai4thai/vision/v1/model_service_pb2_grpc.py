@@ -68,7 +68,8 @@ class ModelServiceServicer:
     """
 
     def ListModels(self, request, context):
-        """Lists the models that the server was told to serve and those of its model directory, loaded or not.
+        """Lists the models that the server was told to serve and those that it could load: the shipped ones, and those of its model
+        directory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,14 +86,15 @@ class ModelServiceServicer:
         """Loads a model, or loads it anew when its weights have changed: load, warm up, swap, let the old one's calls end. Until the swap
         the old one answers, and all other models stay ready. Answers when the model is ready; a caller that leaves does not stop it.
         GetModel tells how far it is. Errors: NOT_FOUND (no such weights), FAILED_PRECONDITION (MEMORY_EXCEEDED: the metadata has the
-        numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), UNAVAILABLE (draining).
+        numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), PERMISSION_DENIED (the operator allows it to
+        nobody), UNAVAILABLE (draining).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND.
+        """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND, PERMISSION_DENIED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,17 +38,20 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
-    """Lists the models that the server was told to serve and those of its model directory, loaded or not."""
+    """Lists the models that the server was told to serve and those that it could load: the shipped ones, and those of its model
+    directory.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     """Tells of one model. Errors: NOT_FOUND."""
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.LoadModelRequest, _model_service_pb2.LoadModelResponse]
     """Loads a model, or loads it anew when its weights have changed: load, warm up, swap, let the old one's calls end. Until the swap
     the old one answers, and all other models stay ready. Answers when the model is ready; a caller that leaves does not stop it.
     GetModel tells how far it is. Errors: NOT_FOUND (no such weights), FAILED_PRECONDITION (MEMORY_EXCEEDED: the metadata has the
-    numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), UNAVAILABLE (draining).
+    numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), PERMISSION_DENIED (the operator allows it to
+    nobody), UNAVAILABLE (draining).
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.UnloadModelRequest, _model_service_pb2.UnloadModelResponse]
-    """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND."""
+    """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND, PERMISSION_DENIED."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -60,17 +63,20 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models that the server was told to serve and those of its model directory, loaded or not."""
+    """Lists the models that the server was told to serve and those that it could load: the shipped ones, and those of its model
+    directory.
+    """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Tells of one model. Errors: NOT_FOUND."""
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.LoadModelRequest, _model_service_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Loads a model, or loads it anew when its weights have changed: load, warm up, swap, let the old one's calls end. Until the swap
     the old one answers, and all other models stay ready. Answers when the model is ready; a caller that leaves does not stop it.
     GetModel tells how far it is. Errors: NOT_FOUND (no such weights), FAILED_PRECONDITION (MEMORY_EXCEEDED: the metadata has the
-    numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), UNAVAILABLE (draining).
+    numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), PERMISSION_DENIED (the operator allows it to
+    nobody), UNAVAILABLE (draining).
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.UnloadModelRequest, _model_service_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND."""
+    """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND, PERMISSION_DENIED."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tells which models there are; loads and unloads them.
@@ -85,7 +91,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListModelsResponse, _abc.Awaitable[_model_service_pb2.ListModelsResponse]]:
-        """Lists the models that the server was told to serve and those of its model directory, loaded or not."""
+        """Lists the models that the server was told to serve and those that it could load: the shipped ones, and those of its model
+        directory.
+        """
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -104,7 +112,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Loads a model, or loads it anew when its weights have changed: load, warm up, swap, let the old one's calls end. Until the swap
         the old one answers, and all other models stay ready. Answers when the model is ready; a caller that leaves does not stop it.
         GetModel tells how far it is. Errors: NOT_FOUND (no such weights), FAILED_PRECONDITION (MEMORY_EXCEEDED: the metadata has the
-        numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), UNAVAILABLE (draining).
+        numbers; MODEL_FAILED: the weights cannot be served; the old ones go on), PERMISSION_DENIED (the operator allows it to
+        nobody), UNAVAILABLE (draining).
         """
 
     @_abc_1.abstractmethod
@@ -113,6 +122,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.UnloadModelResponse, _abc.Awaitable[_model_service_pb2.UnloadModelResponse]]:
-        """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND."""
+        """Takes no more calls for a model, lets its running ones end, then frees its memory. Errors: NOT_FOUND, PERMISSION_DENIED."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
