@@ -1,71 +1,96 @@
-"""The devices of this machine: GPUs as NVML sees them, the CPU where there is none."""
+"""The devices of this process and how busy its models keep them: its GPUs, or the CPU where there is none."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import psutil
 
+from vision_server.gpus import read_gpus
 from vision_server.results import DeviceInfo
 
-T = TypeVar("T")
-
 _MOMENT_S = 0.1
+# A share over less time says little: a batch counts when it ends.
+_LEAST_WINDOW_S = 1.0
 
 
-def read_devices(busy_ratio: float) -> tuple[DeviceInfo, ...]:
-    """Every device now; `busy_ratio` is the executors' own, 0 to 1. May take some milliseconds: off the loop."""
-    return _gpus(busy_ratio) or (_cpu(busy_ratio),)
+class BusyRatios:
+    """The share of the time since it was last asked in which each device computed; each watcher has its own."""
+
+    def __init__(self, busy_s: Callable[[], Mapping[str, float]]) -> None:
+        self._read = busy_s
+        self._since_s, self._before_s = time.perf_counter(), dict(busy_s())
+
+    def take(self, least_window_s: float = 0.0) -> Mapping[str, float]:
+        """0 to 1 by device (`cpu`, `cuda:0`); asked again before `least_window_s` it still counts from the same moment."""
+        now_s, busy_s = time.perf_counter(), dict(self._read())
+        window_s, before_s = now_s - self._since_s, self._before_s
+        if window_s >= least_window_s:
+            self._since_s, self._before_s = now_s, busy_s
+        return {
+            device: min(1.0, max(0.0, (seconds - before_s.get(device, 0.0)) / max(window_s, 1e-6)))
+            for device, seconds in busy_s.items()
+        }
 
 
-def _gpus(busy_ratio: float) -> tuple[DeviceInfo, ...]:
-    # nvidia-ml-py and the older nvidia-ml-py3 both give this module; only what both have is called without asking.
-    try:
-        import pynvml
+class Devices:
+    """Tells of the devices; who asks at the same moment shares one reading."""
 
-        pynvml.nvmlInit()
-    except Exception:  # no package, no driver, no GPU: each says so in its own way
-        return ()
-    try:
-        return tuple(_gpu(pynvml, index, busy_ratio) for index in range(pynvml.nvmlDeviceGetCount()))
-    finally:
-        pynvml.nvmlShutdown()
+    def __init__(self, busy_s: Callable[[], Mapping[str, float]]) -> None:
+        self._busy_s = busy_s
+        self._listed = BusyRatios(busy_s)
+        self._reading: asyncio.Task[tuple[DeviceInfo, ...]] | None = None
+        self._draining = asyncio.Event()
+
+    async def list(self) -> tuple[DeviceInfo, ...]:
+        """Every device, busy as it was since the last time that this was asked, at least a second ago."""
+        return with_busy(await self._read(), self._listed.take(_LEAST_WINDOW_S))
+
+    async def watch(self, interval_s: float) -> AsyncGenerator[tuple[DeviceInfo, ...], None]:
+        """Every device at once and then each `interval_s`, busy as it was since the last time; ends when the server drains."""
+        own = BusyRatios(self._busy_s)
+        ratios = self._listed.take(_LEAST_WINDOW_S)
+        next_s = time.perf_counter()
+        while not self._draining.is_set():
+            yield with_busy(await self._read(), ratios)
+            # A reader that was slow is not sent what it has missed.
+            next_s = max(next_s + interval_s, time.perf_counter())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(next_s - time.perf_counter()):
+                    await self._draining.wait()
+            ratios = own.take()
+
+    def drain(self) -> None:
+        """Ends the watches."""
+        self._draining.set()
+
+    async def _read(self) -> tuple[DeviceInfo, ...]:
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(asyncio.to_thread(read_devices))
+        return await asyncio.shield(self._reading)
 
 
-def _gpu(pynvml: Any, index: int, busy_ratio: float) -> DeviceInfo:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    power_milliwatts = _or_none(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))
-    utilization = _or_none(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-    mig_on = _or_none(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0]) == 1
-    return DeviceInfo(
-        index=index,
-        kind="cuda",
-        uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
-        name=_text(pynvml.nvmlDeviceGetName(handle)),
-        mig_profile=_mig_profile(pynvml, handle) if mig_on else "",
-        memory_used_bytes=int(memory.used),
-        memory_total_bytes=int(memory.total),
-        # On a card that is cut into MIG slices NVML cannot tell; absent is true, 0 would not be.
-        utilization=None if utilization is None or mig_on else utilization / 100,
-        temperature_celsius=_or_none(
-            lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
-        ),
-        power_watts=None if power_milliwatts is None else power_milliwatts / 1000,
-        busy_ratio=busy_ratio,
+def with_busy(devices: Sequence[DeviceInfo], ratios: Mapping[str, float]) -> tuple[DeviceInfo, ...]:
+    """The devices with their shares; torch numbers GPUs in the order in which this process sees them."""
+    return tuple(
+        replace(device, busy_ratio=ratios.get(device.kind if device.kind == "cpu" else f"{device.kind}:{number}", 0.0))
+        for number, device in enumerate(devices)
     )
 
 
-def _mig_profile(pynvml: Any, handle: Any) -> str:
-    """`1g.10gb` of the slice that this process sees; empty where the package is too old to tell."""
-    name = _or_none(lambda: _text(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, 0))))
-    return (name or "").rpartition("MIG ")[2]
+def read_devices() -> tuple[DeviceInfo, ...]:
+    """Every device now. Takes up to a tenth of a second: off the loop."""
+    return read_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) or (_cpu(),)
 
 
-def _cpu(busy_ratio: float) -> DeviceInfo:
+def _cpu() -> DeviceInfo:
     memory = psutil.virtual_memory()
     return DeviceInfo(
         index=0,
@@ -77,7 +102,6 @@ def _cpu(busy_ratio: float) -> DeviceInfo:
         memory_total_bytes=int(memory.total),
         # Over a moment of its own: without one, psutil answers a false 0 the first time it is asked.
         utilization=min(1.0, psutil.cpu_percent(interval=_MOMENT_S) / 100),
-        busy_ratio=busy_ratio,
     )
 
 
@@ -89,16 +113,3 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _text(value: str | bytes) -> str:
-    """nvidia-ml-py3 answers bytes, nvidia-ml-py text."""
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _or_none(read: Callable[[], T]) -> T | None:
-    """What a device cannot tell is absent."""
-    try:
-        return read()
-    except Exception:  # NVMLError_NotSupported and its like, or a function that the older package lacks
-        return None

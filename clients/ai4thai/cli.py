@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ai4thai import cli_jobs, cli_servers, cli_up, cli_vision
+from ai4thai import cli_bench, cli_jobs, cli_models, cli_servers, cli_up, cli_vision
 from ai4thai.cli_output import out, print_error, print_note
 from ai4thai.errors import AI4ThaiError, Unavailable
 
@@ -65,7 +65,10 @@ app.command(rich_help_panel="Jobs")(cli_jobs.cancel)
 app.command(rich_help_panel="Jobs")(cli_jobs.delete)
 app.command(rich_help_panel="Servers")(cli_servers.health)
 app.command(rich_help_panel="Servers")(cli_servers.info)
+app.command(rich_help_panel="Servers")(cli_servers.devices)
 app.command(rich_help_panel="Servers")(cli_servers.stats)
+app.add_typer(cli_models.models, name="models", rich_help_panel="Servers")
+app.command(rich_help_panel="Servers")(cli_bench.bench)
 
 
 def _print_version(wanted: bool) -> None:

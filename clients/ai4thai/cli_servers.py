@@ -1,14 +1,17 @@
-"""The commands that ask the servers about themselves: health, info, stats."""
+"""The commands that ask the servers about themselves: health, info, devices, stats."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
 from ai4thai import queue_client, vision_client
 from ai4thai.cli_options import QUEUE, VISION, AsJson, QueueAddress, VisionAddress
-from ai4thai.cli_output import out, print_devices, print_json, print_models, print_stats
+from ai4thai.cli_output import devices_table, out, print_devices, print_json, print_models, print_stats
 from ai4thai.errors import AI4ThaiError
 from ai4thai.queue_client import QueueClient
 from ai4thai.server_info import Health
@@ -52,6 +55,28 @@ def info(json: AsJson = False, vision: VisionAddress = VISION) -> None:
     print_models(server.models)
     out.print()
     print_devices(devices)
+
+
+def devices(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until Ctrl-C.")] = False,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="With --watch: the time in between.")
+    ] = 1.0,
+    json: AsJson = False,
+    vision: VisionAddress = VISION,
+) -> None:
+    """Tells of the devices that the vision server's models run on, and how busy they are."""
+    with VisionClient(vision) as client:
+        if not watch:
+            found = client.devices()
+            print_json(found) if json else print_devices(found)
+        elif json:
+            for moment in client.watch_devices(interval):
+                print_json(moment)
+        else:
+            with Live(console=out, auto_refresh=False) as live:
+                for moment in client.watch_devices(interval):
+                    live.update(devices_table(moment), refresh=True)
 
 
 def stats(json: AsJson = False, queue: QueueAddress = QUEUE) -> None:

@@ -28,11 +28,20 @@ class ModelState(StrEnum):
     READY = "READY"
     FAILED = "FAILED"
     UNLOADING = "UNLOADING"
+    UNLOADED = "UNLOADED"
+
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether it will be ready, or will have failed, before long."""
+        return self in (ModelState.PENDING, ModelState.LOADING, ModelState.WARMING_UP)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model; `load_progress` goes from 0 to 1, `state_reason` says why it failed, `labels` are a detector's."""
+    """A model; `load_progress` goes from 0 to 1, `state_reason` says why it failed, `labels` are a detector's.
+
+    READY with a `load_progress` below 1: it serves, and newer weights are on their way to take its place.
+    """
 
     name: str
     version: str
@@ -47,6 +56,8 @@ class Model:
     memory_bytes: int
     state_reason: str
     is_default: bool
+    aliases: tuple[str, ...] = ()
+    keypoint_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

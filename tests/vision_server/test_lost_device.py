@@ -10,8 +10,9 @@ import pytest
 
 from serving.errors import ServiceError
 from serving.health import LIVENESS, Health
-from vision_server import models
+from vision_server import loading
 from vision_server.batcher import Batcher
+from vision_server.lanes import Replica
 from vision_server.models import Models, fail_on_lost_device
 from vision_server.settings import VisionSettings
 
@@ -35,7 +36,12 @@ async def test_only_a_lost_device_fails_liveness(error: Exception, lives: bool) 
         raise error
 
     batcher: Batcher[int, int] = Batcher(
-        "broken", execute, max_batch=1, max_delay_ms=0, max_queued=1, on_failure=partial(fail_on_lost_device, health)
+        "broken",
+        [Replica("cuda:0", execute)],
+        max_batch=1,
+        max_delay_ms=0,
+        max_queued=1,
+        on_failure=partial(fail_on_lost_device, health),
     )
     batcher.start()
     with pytest.raises(ServiceError):
@@ -45,10 +51,10 @@ async def test_only_a_lost_device_fails_liveness(error: Exception, lives: bool) 
 
 
 async def test_a_device_that_cannot_be_picked_is_told_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pick(_wanted: str) -> str:
+    def prepare(*_: object) -> tuple[str, ...]:
         raise ImportError("libtorch is broken")
 
-    monkeypatch.setattr(models, "_pick_device", pick)
+    monkeypatch.setattr(loading, "_prepare", prepare)
     health = Health()
     served = Models(VisionSettings(detector="shapes-detector", describer="shapes-describer"))
     served.start(health)

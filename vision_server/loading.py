@@ -1,0 +1,295 @@
+"""Loads one model by its name: weights found, engine chosen, warmed up, its queue begun."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from typing import TypeVar
+
+from vision_server import memory
+from vision_server.batcher import Batcher
+from vision_server.describer import Describer
+from vision_server.detector import DetectItem, Detector
+from vision_server.generations import Generations
+from vision_server.lanes import Lane, Replica
+from vision_server.loaded import Loaded, LoadedDescriber, LoadedDetector, Source
+from vision_server.metrics import DetectorMeters
+from vision_server.results import Found, ModelState
+from vision_server.settings import VisionSettings
+from vision_server.weights import SHIPPED, WeightsMissing, find_detector, find_here
+
+T = TypeVar("T")
+
+
+Progress = Callable[[ModelState, float], object]
+"""Is told, in the loader's thread, how far a load is: its state, and 0 to 1."""
+
+
+class DeviceMissing(Exception):
+    """The devices that the operator named are not there; the text says which are."""
+
+
+class Loader:
+    """Does what blocks in a thread of its own, one thing after another, and leaves the event loop alone.
+
+    The thread is a daemon: one that hangs on a network drive or in a driver keeps no process from ending. `on_failure` is told,
+    on the loop, what an executor raised as a whole; `on_broken` which model computes no more, and why.
+    """
+
+    def __init__(
+        self,
+        settings: VisionSettings,
+        on_failure: Callable[[Exception], object],
+        on_broken: Callable[[Loaded, str], object],
+    ) -> None:
+        self._settings = settings
+        self._on_failure = on_failure
+        self._on_broken = on_broken
+        self._lane: Lane | None = None
+        self.devices: tuple[str, ...] = ()
+        """The devices of this process, the first one first; known once prepare() has run."""
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises, done in the loader's thread."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def then(outcome: T | Exception) -> None:
+            if done.done():
+                return  # the waiter was cancelled
+            if isinstance(outcome, Exception):
+                done.set_exception(outcome)
+            else:
+                done.set_result(outcome)
+
+        if self._lane is None:
+            self._lane = Lane("load", lambda: None)
+        self._lane.run(work, then)
+        return await done
+
+    def stop(self) -> None:
+        """Lets the thread end once it has nothing more to do."""
+        if self._lane is not None:
+            self._lane.end()
+            self._lane = None
+
+    async def prepare(self) -> None:
+        """Imports what is needed and picks the devices; raises what is wrong with them."""
+        if not self.devices:
+            self.devices = await self.run(partial(_prepare, self._settings.device, bool(self._settings.describers)))
+
+    def find(self, name: str, generates: bool, *, fetch: bool, hub: bool) -> Source:
+        """Where a model's weights are now. Blocks, the longer the more is to be fetched. Raises WeightsMissing.
+
+        `fetch`: a detector that Ultralytics publishes may be fetched. `hub`: a describer that is not here may be on the hub.
+        """
+        settings = self._settings
+        if not generates:
+            device = self.devices[0]
+            path = find_detector(name, settings.model_dir, offline=not fetch, engine=settings.engine, device=device)
+            return Source.at(path, generates=False)
+        folder = find_here(name, settings.model_dir)
+        if folder is not None:
+            return Source.at(folder, generates=True)
+        if not hub:
+            raise WeightsMissing(f"{name!r} is not in {settings.model_dir} any more")
+        return Source(name, generates=True)
+
+    def needed_bytes(self, source: Source) -> int:
+        """About what a model takes on each of its devices, before it is loaded; 0: not known, for it lies on the hub. Blocks."""
+        if source.path is None:
+            return 0
+        value_bytes = self._value_bytes
+        if source.generates:
+            quantization = self._quantization(source)
+            return memory.describer_bytes(
+                memory.describer_weights_bytes(source.path, quantization=quantization, value_bytes=value_bytes)
+            )
+        return memory.detector_bytes(
+            memory.detector_weights_bytes(source.path, value_bytes=value_bytes),
+            side_px=self._settings.detector_input_px or memory.USUAL_SIDE_PX,
+            # On a CPU every engine computes one image after another.
+            images=self._lanes * (1 if self.devices[0] == "cpu" else self._settings.max_batch),
+            value_bytes=value_bytes,
+        )
+
+    async def load(self, name: str, source: Source, progress: Progress, *, fetch: bool) -> Loaded:
+        """Loads, warms up, begins to serve. Raises whatever is wrong with the weights. `fetch`: from the hub if need be."""
+        if source.generates:
+            describer = await self.run(partial(self._read_describer, name, source, progress, fetch=fetch))
+            return self._begin_describer(name, source, describer)
+        detectors = await self.run(partial(self._read_detectors, source, progress))
+        return self._begin_detectors(name, source, detectors)
+
+    def _read_detectors(self, source: Source, progress: Progress) -> list[Detector]:
+        """One for each device, warmed up."""
+        settings = self._settings
+        assert source.path is not None, "a detector is a file or a folder"
+        detectors = [
+            Detector(
+                source.path,
+                device,
+                input_px=settings.detector_input_px,
+                threads=self._threads,
+                engine=settings.engine,
+                lanes=self._lanes,
+                max_batch=settings.max_batch,
+                cache_dir=settings.data_dir / "cache" / "openvino",
+            )
+            for device in self.devices
+        ]
+        for number, detector in enumerate(detectors):
+            progress(ModelState.LOADING, 0.1 + 0.5 * number / len(detectors))
+            detector.load()
+        for number, detector in enumerate(detectors):
+            progress(ModelState.WARMING_UP, 0.6 + 0.4 * number / len(detectors))
+            detector.warm_up()
+        return detectors
+
+    def _begin_detectors(self, name: str, source: Source, detectors: Sequence[Detector]) -> LoadedDetector:
+        settings = self._settings
+
+        def broke(why: str) -> None:
+            loaded.broken = why
+            self._on_broken(loaded, why)
+
+        meters = DetectorMeters(name)
+        replicas = [
+            Replica(
+                detector.card.device,
+                meters.counting(detector.execute),
+                lanes=self._lanes,
+                begin_thread=partial(_set_torch_threads, self._threads),
+                rebuild=partial(_rebuild, detector, source),
+            )
+            for detector in detectors
+        ]
+        batcher: Batcher[DetectItem, Found] = Batcher(
+            name,
+            replicas,
+            # Where an engine computes one image after another, each lane is given one: none idles, and priorities count sooner.
+            max_batch=min(settings.max_batch, detectors[0].batch_sizes[-1]),
+            max_delay_ms=settings.max_delay_ms,
+            max_queued=settings.max_queued_images,
+            max_wait_ms=settings.max_wait_ms,
+            ageing_ms=settings.priority_ageing_ms,
+            stuck_after_s=settings.stuck_after_s,
+            on_failure=self._on_failure,
+            on_broken=broke,
+        )
+        memory_bytes = memory.detector_bytes(
+            max(detector.card.memory_bytes for detector in detectors),
+            side_px=detectors[0].card.input_size_px,
+            images=self._lanes * detectors[0].batch_sizes[-1],
+            value_bytes=self._value_bytes,
+        )
+        loaded = LoadedDetector(name, source, detectors, batcher, meters, memory_bytes)
+        batcher.start()
+        return loaded
+
+    def _read_describer(self, name: str, source: Source, progress: Progress, *, fetch: bool) -> Describer:
+        """Warmed up; on the first device."""
+        progress(ModelState.LOADING, 0.1)
+        describer = Describer.load(
+            name,
+            source.place,
+            device=self.devices[0],
+            quantization=self._quantization(source),
+            offline=not fetch or source.path is not None,
+        )
+        progress(ModelState.WARMING_UP, 0.8)
+        describer.warm_up()
+        return describer
+
+    def _begin_describer(self, name: str, source: Source, describer: Describer) -> LoadedDescriber:
+        loop = asyncio.get_running_loop()
+        generations = Generations(
+            name,
+            max_running=self._settings.max_running_generations,
+            max_queued=self._settings.max_queued_generations,
+            begin_thread=partial(_set_torch_threads, self._threads),
+            on_failure=lambda error: loop.call_soon_threadsafe(self._on_failure, error),
+        )
+        memory_bytes = memory.describer_bytes(describer.card.memory_bytes)
+        generations.start()
+        return LoadedDescriber(name, source, describer, generations, memory_bytes)
+
+    @property
+    def _threads(self) -> int:
+        return self._settings.torch_threads or 1
+
+    @property
+    def _lanes(self) -> int:
+        """Batches side by side on each device; the CPU's cores are shared by the replicas on it."""
+        settings = self._settings
+        if settings.executors:
+            return settings.executors
+        on_cpu = Counter(self.devices)["cpu"]
+        return max(1, settings.core_count // on_cpu) if on_cpu else 1
+
+    @property
+    def _value_bytes(self) -> int:
+        """Of a number: fp32 on the CPU, 16 bits on a GPU."""
+        return 2 if self.devices[0].startswith("cuda") else 4
+
+    def _quantization(self, source: Source) -> str:
+        if self._settings.quantization != "auto":
+            return self._settings.quantization
+        on_cuda = self.devices[0].startswith("cuda")
+        return "nf4" if on_cuda and source.path not in SHIPPED.values() else "none"
+
+
+def _prepare(wanted: str, with_describers: bool) -> tuple[str, ...]:
+    """Imports the large libraries and picks the devices."""
+    from vision_server import torchvision_ops
+
+    torchvision_ops.install()
+    import_module("ultralytics.nn.autobackend")
+    if with_describers:
+        from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401  # names that import the rest
+    # After every unload the garbage is collected. Half a million objects of these libraries would hold the interpreter, and so
+    # the event loop, for 180 ms each time; frozen they are passed over.
+    gc.collect()
+    gc.freeze()
+    return _pick_devices(wanted)
+
+
+def _pick_devices(wanted: str) -> tuple[str, ...]:
+    """`auto`: the first GPU that torch sees, else the CPU; several, separated by commas, work side by side.
+
+    Raises DeviceMissing.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if not names or names == ["auto"]:
+        return ("cuda:0",) if count else ("cpu",)
+    devices = tuple("cuda:0" if name == "cuda" else name for name in names)
+    there_are = ("cpu", *(f"cuda:{number}" for number in range(count)))
+    for device in devices:
+        if device not in there_are:
+            raise DeviceMissing(f"VISION_DEVICE names {device!r}; torch sees {', '.join(there_are)}")
+    if len({device == "cpu" for device in devices}) > 1:
+        raise DeviceMissing(f"VISION_DEVICE is {wanted!r}; name GPUs or the CPU, not both")
+    return devices
+
+
+def _rebuild(detector: Detector, source: Source) -> None:
+    """Makes a broken executor anew, from the same weights."""
+    assert source.path is not None, "a detector is a file or a folder"
+    if Source.at(source.path, generates=False) != source:
+        raise RuntimeError(f"its weights {source.place} have changed since they were loaded; load the model again")
+    detector.load()
+    detector.warm_up()
+
+
+def _set_torch_threads(count: int) -> None:
+    """torch keeps the number for each thread that computes."""
+    import torch
+
+    torch.set_num_threads(count)
