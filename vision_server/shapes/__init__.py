@@ -1,1 +1,1 @@
-"""Drawn shapes: the scenes, the questions and the two small models this platform ships."""
+"""Drawn shapes: the scenes, the questions and the small models this platform ships."""

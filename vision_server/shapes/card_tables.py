@@ -2,19 +2,30 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vision_server.shapes.patch_truth import MAX_SHAPES
 from vision_server.shapes.questions import KINDS, LANGUAGES
+from vision_server.shapes.scenes import LABELS
 
 WEIGHTS = Path(__file__).parent / "weights"
 BEGIN, END = "<!-- figures: written by card_tables.py -->", "<!-- end of figures -->"
 
-DETECTOR_ROWS = (
+# The report's name of what finds shapes, its title, what is compared.
+FINDERS = (
+    ("detector", "Detector", "boxes"),
+    ("segmenter", "Segmenter", "masks"),
+    ("oriented", "Oriented boxes", "turned boxes"),
+    ("pose", "Pose", "named points, half right at 0.17 of the shape's side"),
+    ("pose_exact", "Pose, twice as exact", "named points, half right at 0.09 of the shape's side"),
+)
+FINDER_ROWS = (
     ("map50", "mAP50"),
     ("map50_95", "mAP50-95"),
     ("recall", "recall at confidence 0.25"),
+    ("median_agreement", "median agreement of what was found with the truth"),
     ("false_boxes_per_scene", "false boxes a scene at confidence 0.25"),
     ("false_boxes_per_empty_scene", "false boxes a scene without shapes"),
     ("median_confidence", "median confidence of true boxes"),
@@ -29,14 +40,18 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def detector_table(measured: dict[str, dict[str, float]]) -> str:
+CLASSIFIER_ROWS = (
+    ("top1", "first class right"),
+    *((f"top1_{label}", f"first class right, {label}") for label in LABELS),
+    ("median_confidence", "median confidence"),
+    ("scenes", "pictures"),
+)
+
+
+def figures_table(measured: dict[str, dict[str, float]], shown: Sequence[tuple[str, str]]) -> str:
     """One row a figure, one column a source of scenes."""
-    sources = list(measured)
-    rows = []
-    for key, title in DETECTOR_ROWS:
-        values = [measured[source][key] for source in sources]
-        rows.append([title, *(str(value) for value in values)])
-    return _table(["", *sources], rows)
+    rows = [[title, *(str(figures[key]) for figures in measured.values())] for key, title in shown]
+    return _table(["", *measured], rows)
 
 
 def describer_table(measured: dict[str, dict[str, Any]]) -> str:
@@ -61,16 +76,13 @@ def describer_table(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def figures(report: dict[str, Any]) -> str:
-    """Both tables as Markdown."""
-    return "\n\n".join(
-        [
-            f"Seed {report['seed']}, far from every training seed.",
-            "**Detector**",
-            detector_table(report["detector"]),
-            "**Describer**",
-            describer_table(report["describer"]),
-        ]
-    )
+    """All tables as Markdown."""
+    parts = [f"Seed {report['seed']}, far from every training seed."]
+    for name, title, compared in FINDERS:
+        parts += [f"**{title}**: {compared}", figures_table(report[name], FINDER_ROWS)]
+    parts += ["**Classifier**", figures_table(report["classifier"], CLASSIFIER_ROWS)]
+    parts += ["**Describer**", describer_table(report["describer"])]
+    return "\n\n".join(parts)
 
 
 def main() -> None:

@@ -1,13 +1,10 @@
-"""Measures both shipped models on scenes they were not trained on."""
+"""Measures the shipped models on scenes they were not trained on."""
 
 import argparse
 import json
-import os
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,104 +12,56 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vision_server.shapes.boxes import average_precision, matched_boxes
-from vision_server.shapes.foreign_scenes import draw_foreign_scene
-from vision_server.shapes.questions import KINDS, LANGUAGES, Pair, ask, grounded
-from vision_server.shapes.scenes import (
-    DESCRIBER_STYLE,
-    DETECTOR_STYLE,
-    LABELS,
-    Shape,
-    draw_scene,
+from vision_server.shapes.held_out import (
+    HELD_OUT_SEED,
+    HeldOutScene,
+    foreign_scenes,
+    foreign_singles,
+    generator_scenes,
+    generator_singles,
 )
+from vision_server.shapes.measure import (
+    BOXES,
+    EXACT_POINTS,
+    MASKS,
+    NAMED_POINTS,
+    TURNED_BOXES,
+    Finding,
+    load_yolo,
+    measure_finding,
+    measure_naming,
+)
+from vision_server.shapes.questions import KINDS, LANGUAGES, Pair, ask, grounded
 from vision_server.shapes.scenes import Image as ImageArray
 from vision_server.torchvision_ops import install
 
 WEIGHTS = Path(__file__).parent / "weights"
 DETECTOR = WEIGHTS / "shapes-detector.pt"
+SEGMENTER = WEIGHTS / "shapes-segmenter.pt"
+ORIENTED = WEIGHTS / "shapes-oriented.pt"
+POSE = WEIGHTS / "shapes-pose.pt"
+CLASSIFIER = WEIGHTS / "shapes-classifier.pt"
 DESCRIBER = WEIGHTS / "shapes-describer"
-# Far from every training seed.
-HELD_OUT_SEED = 900_001
-SIZES_PX = ((640, 480), (320, 320), (800, 600), (480, 640), (640, 360), (320, 240))
-CONFIDENCE = 0.25
 BATCH = 32
 
-
-@dataclass(frozen=True)
-class HeldOutScene:
-    """A picture with its truth, whoever drew it."""
-
-    image: ImageArray  # RGB
-    shapes: tuple[Shape, ...]
-
-
-def generator_scenes(count: int, seed: int, *, detector: bool) -> list[HeldOutScene]:
-    """Unseen scenes of the training generator, at the sizes people send."""
-    rng = np.random.default_rng(seed)
-    style = DETECTOR_STYLE if detector else DESCRIBER_STYLE
-    scenes = []
-    for index in range(count):
-        scene = draw_scene(rng, *SIZES_PX[index % len(SIZES_PX)], style)
-        scenes.append(HeldOutScene(scene.image, scene.shapes))
-    return scenes
-
-
-def foreign_scenes(count: int, seed: int) -> list[HeldOutScene]:
-    """Scenes drawn in plain Pillow by foreign_scenes.py."""
-    scenes = []
-    for index in range(count):
-        foreign = draw_foreign_scene(seed + index)
-        shapes = tuple(Shape(s.label, s.colour, s.box, (), (0, 0, 0)) for s in foreign.shapes)
-        scenes.append(HeldOutScene(np.asarray(foreign.image, np.uint8), shapes))
-    return scenes
+# What finds shapes, under the name the report has for it.
+FINDERS: dict[str, tuple[Path, Finding[Any]]] = {
+    "detector": (DETECTOR, BOXES),
+    "segmenter": (SEGMENTER, MASKS),
+    "oriented": (ORIENTED, TURNED_BOXES),
+    "pose": (POSE, NAMED_POINTS),
+    "pose_exact": (POSE, EXACT_POINTS),
+}
 
 
 def load_detector() -> Any:
-    """Ultralytics reads its settings at import: they go to scratch, and it neither fetches nor installs."""
-    os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
-    os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")
-    install()
-    from ultralytics import YOLO
-
-    return YOLO(str(DETECTOR))
+    """The shipped detector as an Ultralytics model."""
+    return load_yolo(DETECTOR)
 
 
 def measure_detector(model: Any, scenes: Sequence[HeldOutScene]) -> dict[str, float]:
-    """mAP over all confidences; recall, false boxes and confidences at the usual threshold."""
-    found, truths, true_confidences = [], [], []
-    missed = false_boxes = empty = false_on_empty = 0
-    for scene in scenes:
-        # Ultralytics takes arrays as BGR. rect=False pads to the full square, as the server does.
-        result = model.predict(scene.image[..., ::-1], conf=0.001, iou=0.6, rect=False, verbose=False)[0].boxes
-        boxes = [
-            (LABELS[int(label)], float(score), tuple(box))
-            for label, score, box in zip(result.cls.tolist(), result.conf.tolist(), result.xyxy.tolist(), strict=True)
-        ]
-        truth = [(shape.label, shape.box) for shape in scene.shapes]
-        found.append(boxes)
-        truths.append(truth)
-        kept = [box for box in boxes if box[1] >= CONFIDENCE]
-        matches = matched_boxes(kept, truth, 0.5)
-        true_confidences += [kept[index][1] for index in matches]
-        missed += len(truth) - len(matches)
-        false_boxes += len(kept) - len(matches)
-        if not truth:
-            empty += 1
-            false_on_empty += len(kept)
-    precision = [average_precision(found, truths, LABELS, iou) for iou in np.arange(0.5, 1.0, 0.05)]
-    total = sum(len(truth) for truth in truths)
-    return {
-        "scenes": len(scenes),
-        "objects": total,
-        "map50": round(precision[0], 4),
-        "map50_95": round(float(np.mean(precision)), 4),
-        "recall": round(1 - missed / max(1, total), 4),
-        "false_boxes_per_scene": round(false_boxes / len(scenes), 4),
-        "empty_scenes": empty,
-        "false_boxes_per_empty_scene": round(false_on_empty / max(1, empty), 4),
-        "median_confidence": round(float(np.median(true_confidences)), 3),
-        "share_above_half_confidence": round(float(np.mean(np.array(true_confidences) > 0.5)), 4),
-    }
+    """The detector's figures: see measure_finding."""
+    return measure_finding(model, scenes, BOXES)
 
 
 class Describer:
@@ -200,13 +149,43 @@ def measure_describer(
     }
 
 
+def evaluate_yolo(name: str, count: int, seed: int) -> dict[str, dict[str, float]]:
+    """One model of FINDERS, or the classifier, on `count` scenes of each source."""
+    if name == "classifier":
+        model = load_yolo(CLASSIFIER)
+        sources = {"generator": generator_singles(count, seed), "foreign": foreign_singles(count, seed)}
+        return {source: measure_naming(model, scenes) for source, scenes in sources.items()}
+    weights, finding = FINDERS[name]
+    model = load_yolo(weights)
+    sources = {"generator": generator_scenes(count, seed, detector=True), "foreign": foreign_scenes(count, seed)}
+    return {source: measure_finding(model, scenes, finding) for source, scenes in sources.items()}
+
+
+def evaluate_describer(folder: Path, count: int, seed: int) -> dict[str, dict[str, Any]]:
+    """The describer on `count` scenes of each source, with and without the detected objects before the question."""
+    describer = Describer(folder)
+    sources = {
+        "generator": generator_scenes(count, seed + 1, detector=False),
+        "foreign": foreign_scenes(count, seed + 50_000),
+    }
+    return {
+        f"{source} grounded" if with_objects else source: measure_describer(describer, scenes, seed, with_objects)
+        for source, scenes in sources.items()
+        for with_objects in (False, True)
+    }
+
+
 def parse_arguments() -> argparse.Namespace:
-    """How many scenes to measure on."""
+    """Which models, on how many scenes."""
+    models = [*FINDERS, "classifier", "describer"]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser.add_argument(
+        "--out", type=Path, help="write the JSON here as well; models not measured now keep their figures"
+    )
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
-    parser.add_argument("--detector-scenes", type=int, default=300, help="of each source; 0 skips the detector")
-    parser.add_argument("--describer-scenes", type=int, default=150, help="of each source; 0 skips the describer")
+    parser.add_argument("--yolo-scenes", type=int, default=150, help="of each source, for all but the describer")
+    parser.add_argument("--describer-scenes", type=int, default=100, help="of each source")
     parser.add_argument("--describer", type=Path, default=DESCRIBER, help="folder of the describer to measure")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -217,24 +196,14 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     started = time.time()
-    report: dict[str, Any] = {"seed": arguments.seed, "detector": {}, "describer": {}}
-    if arguments.detector_scenes:
-        detector, count = load_detector(), arguments.detector_scenes
-        sources = {
-            "generator": generator_scenes(count, arguments.seed, detector=True),
-            "foreign": foreign_scenes(count, arguments.seed),
-        }
-        report["detector"] = {name: measure_detector(detector, scenes) for name, scenes in sources.items()}
-    if arguments.describer_scenes:
-        describer, count = Describer(arguments.describer), arguments.describer_scenes
-        sources = {
-            "generator": generator_scenes(count, arguments.seed + 1, detector=False),
-            "foreign": foreign_scenes(count, arguments.seed + 50_000),
-        }
-        for name, scenes in sources.items():
-            for with_objects in (False, True):
-                key = f"{name} grounded" if with_objects else name
-                report["describer"][key] = measure_describer(describer, scenes, arguments.seed, with_objects)
+    known = arguments.out and arguments.out.exists()
+    report: dict[str, Any] = json.loads(arguments.out.read_text()) if known else {}
+    report["seed"] = arguments.seed
+    for name in arguments.models:
+        if name == "describer":
+            report[name] = evaluate_describer(arguments.describer, arguments.describer_scenes, arguments.seed)
+        else:
+            report[name] = evaluate_yolo(name, arguments.yolo_scenes, arguments.seed)
     report["wall_seconds"] = round(time.time() - started)
     text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text)

@@ -27,11 +27,12 @@ SHAPE_NAMES = ["circle", "square", "triangle", "star"]
 
 @dataclass(frozen=True)
 class ForeignShape:
-    """A drawn shape; the box is x0, y0, x1, y1 in pixels."""
+    """A drawn shape; the box is x0, y0, x1, y1 in pixels, the polygon its corners, x then y (64 for a circle)."""
 
     label: str
     colour: str
     box: tuple[float, float, float, float]
+    polygon: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,22 @@ def _paint(
     place: tuple[float, float, float],
     scale: int,
     fill: str,
-) -> tuple[float, float, float, float]:
+) -> tuple[tuple[float, float, float, float], list[tuple[float, float]]]:
     cx, cy, half = place
     edge = "#202020" if draw.random() < 0.2 else None
     line = max(1, round(half / 20)) * scale
     if label == "circle":
         box = (cx - half, cy - half, cx + half, cy + half)
         canvas.ellipse([value * scale for value in box], fill=fill, outline=edge, width=line if edge else 0)
-        return box
+        turns = [k * math.pi / 32 for k in range(64)]
+        return box, [(cx + half * math.cos(turn), cy + half * math.sin(turn)) for turn in turns]
     corners = _corners(draw, label, cx, cy, half)
     if draw.random() < 0.25:
         corners = _turned(corners, cx, cy, draw.uniform(-25, 25))
     scaled = [(x * scale, y * scale) for x, y in corners]
     canvas.polygon(scaled, fill=fill, outline=edge, width=line if edge else 1)
     xs, ys = [x for x, _ in corners], [y for _, y in corners]
-    return min(xs), min(ys), max(xs), max(ys)
+    return (min(xs), min(ys), max(xs), max(ys)), corners
 
 
 def draw_foreign_scene(seed: int, max_shapes: int = 5, min_shapes: int = 1) -> ForeignScene:
@@ -125,7 +127,8 @@ def draw_foreign_scene(seed: int, max_shapes: int = 5, min_shapes: int = 1) -> F
         if ground in DARK and colour in ("blue", "purple"):
             colour = "yellow"
         fill = draw.choice(PURE_COLOURS[colour])
-        shapes.append(ForeignShape(label, colour, _paint(draw, canvas, label, place, scale, fill)))
+        box, corners = _paint(draw, canvas, label, place, scale, fill)
+        shapes.append(ForeignShape(label, colour, box, tuple(corners)))
     if scale > 1:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     if draw.random() < 0.75:
