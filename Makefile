@@ -12,8 +12,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PYTEST_ARGUMENTS ?=
 UP_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
+MINUTES ?= 10
 
-.PHONY: help setup demo up test check protos bench clean
+.PHONY: help setup demo up test check protos bench soak clean
 
 help: ## Shows these commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +57,9 @@ protos: $(READY) ## Generates the stubs of the contract.
 
 bench: $(READY) ## Measures, and writes benchmarks/results.
 	$(BIN)/python -m benchmarks $(BENCH_ARGUMENTS)
+
+soak: $(READY) ## Everything at once for MINUTES=10: mixed calls, cancels, bad images, reloads; fails when something leaks.
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 clean: ## Removes what tools have left (not .venv).
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .demo build dist *.egg-info

@@ -51,7 +51,9 @@ class Bare:
 
 
 # All that a careful script would try on two cores; the more cores, the more loops.
-SETTINGS = tuple(Setting(loops, threads, batch) for loops, threads in ((1, 1), (1, 2), (2, 1)) for batch in (1, 4, 8))
+SETTINGS = tuple(
+    Setting(loops, threads, batch) for loops, threads in ((1, 1), (1, 2), (2, 1), (3, 1)) for batch in (1, 4, 8)
+)
 
 
 class BareLoop:
@@ -108,11 +110,11 @@ def _run(detector: Detector, setting: Setting, seconds: float) -> Bare:
     def loop(number: int) -> None:
         torch.set_num_threads(setting.threads)
         images = islice(cycle(pictures()), number, None)
-        detector.execute([_read(detector, next(images)) for _ in range(setting.batch)])
+        detector.execute([read_item(detector, next(images)) for _ in range(setting.batch)])
         begin.wait()
         while not end.is_set():
             began_s = time.perf_counter()
-            detector.execute([_read(detector, next(images)) for _ in range(setting.batch)])
+            detector.execute([read_item(detector, next(images)) for _ in range(setting.batch)])
             latencies_s.append(time.perf_counter() - began_s)
 
     threads = [threading.Thread(target=loop, args=(number,)) for number in range(setting.loops)]
@@ -129,7 +131,7 @@ def _run(detector: Detector, setting: Setting, seconds: float) -> Bare:
     return Bare(count / took_s, statistics.median(latencies_s) * 1000, cpu_s / count * 1000, detector.card.engine)
 
 
-def _read(detector: Detector, content: bytes) -> DetectItem:
+def read_item(detector: Detector, content: bytes) -> DetectItem:
     """Decodes a file as the server does, smaller where the model needs no more."""
     with ImageFile(content) as file:
         reduction = file.reduction(detector.card.input_size_px)

@@ -1,10 +1,12 @@
-"""The pictures that both sides of the benchmark detect in: drawn scenes as JPEG, always the same."""
+"""The pictures that all sides of the benchmarks detect in: drawn scenes as JPEG, always the same."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from vision_server.shapes.scenes import draw_scene
 
@@ -12,13 +14,14 @@ COUNT = 32
 SIDE_PX = 640
 
 
-def pictures() -> list[NDArray[np.uint8]]:
-    """JPEG files of SIDE_PX × SIDE_PX pixels, as bytes in arrays."""
+@cache
+def pictures(side_px: int = SIDE_PX, count: int = COUNT) -> Sequence[bytes]:
+    """JPEG files of `side_px` × `side_px` pixels."""
     rng = np.random.default_rng(20_260)
     found = []
-    for _ in range(COUNT):
-        scene = draw_scene(rng, SIDE_PX, SIDE_PX)
+    for _ in range(count):
+        scene = draw_scene(rng, side_px, side_px)
         done, encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
         assert done
-        found.append(encoded)
+        found.append(encoded.tobytes())
     return found

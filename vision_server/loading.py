@@ -224,12 +224,16 @@ class Loader:
 
     @property
     def _lanes(self) -> int:
-        """Batches side by side on each device; the CPU's cores are shared by the replicas on it."""
+        """Batches side by side on each device; the CPU's cores are shared by the replicas on it.
+
+        On the CPU one more than cores: while one lane hands over its answer and is given the next image, another computes
+        (2 cores, 16 callers: 146 images/s with two lanes, 157 with three).
+        """
         settings = self._settings
         if settings.executors:
             return settings.executors
         on_cpu = Counter(self.devices)["cpu"]
-        return max(1, settings.core_count // on_cpu) if on_cpu else 1
+        return max(1, settings.core_count // on_cpu) + 1 if on_cpu else 1
 
     @property
     def _value_bytes(self) -> int:

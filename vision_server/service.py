@@ -105,6 +105,7 @@ class VisionServer(
     async def start(self, health: Health) -> None:
         """Begins to load the models."""
         self._images.start()
+        metrics.ADMITTED_IMAGES.set_function(lambda: self._admission.image_count)
         metrics.ADMITTED_BYTES.set_function(lambda: self._admission.size_bytes)
         self._models.start(health)
 

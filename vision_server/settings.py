@@ -68,7 +68,7 @@ class VisionSettings(BaseSettings):
     executors: int = Field(
         0,
         ge=0,
-        description="Batches that a detector computes side by side. 0: on the CPU as many as there are cores, on a GPU one.",
+        description="Batches that a detector computes side by side. 0: on the CPU one more than there are cores, on a GPU one.",
     )
     torch_threads: int = Field(
         0,

@@ -158,7 +158,7 @@ def test_the_others_serve_meanwhile(started: Start) -> None:
     assert server.web.get("/info").json()["ready"] is False
 
 
-def test_sigterm_lets_a_running_stream_complete(started: Start) -> None:
+def test_sigterm_answers_the_frames_of_a_running_stream_and_tells_it_to_go_elsewhere(started: Start) -> None:
     """The last test of this process: it ends it."""
     server, sending = started.server, queues.SimpleQueue[pb.DetectStreamRequest | None]()
 
@@ -185,13 +185,14 @@ def test_sigterm_lets_a_running_stream_complete(started: Start) -> None:
         return False
 
     wait_until("the port is closed to new callers", refuses, timeout_s=10)
-    for number in range(5, 10):
-        send(number)
-    sending.put(None)
-    *results, last = call
-    assert [*numbers, *(response.result.frame_id for response in results)] == list(range(10))
+    send(5)  # a camera goes on: nobody reads it here any more
+    results = []
+    said = refused(lambda: results.extend(call))
+    assert [*numbers, *(response.result.frame_id for response in results)] == list(range(5))
     assert_all_found(results[-1].result.detection.detections, PICTURE)
-    assert last.summary.detected_count == 10
+    assert (said.code, said.reason) == ("UNAVAILABLE", "DRAINING")
+    assert said.retry_after_s
+    sending.put(None)
     assert server.process.wait(30) == 0
     assert server.process.events[-1]["event"] == "stopped"
     with pytest.raises(grpc.RpcError):
