@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import cold_start, fairness, front, null_engine, overload, throughput
 from benchmarks.pages import RESULTS, Page, console
+from benchmarks.processes import end_on_sigterm
 
 # Each with the seconds that its rows take.
 SHORT: dict[str, tuple[Callable[[float], Page], float]] = {
@@ -28,6 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.names) - set(SHORT)):
         parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(SHORT)}")
+    end_on_sigterm()
     missed = []
     for name in arguments.names or SHORT:
         measure, seconds = SHORT[name]

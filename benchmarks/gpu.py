@@ -24,7 +24,7 @@ from benchmarks.bare_loop import read_item
 from benchmarks.loads import put
 from benchmarks.pages import RESULTS, Page, console
 from benchmarks.pictures import SIDE_PX, pictures
-from benchmarks.processes import Measured
+from benchmarks.processes import Measured, end_on_sigterm
 from benchmarks.random_weights import make_weights
 from vision_server.detector import DetectItem, Detector
 from vision_server.engines.engine import EngineOptions
@@ -87,6 +87,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return NO_CUDA
+    end_on_sigterm()
     batches = [2**power for power in range(arguments.largest_batch.bit_length())]
     plan = Plan(arguments.device, arguments.architecture, batches, arguments.seconds)
     measure(plan).write(arguments.output)

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from benchmarks.processes import end_on_sigterm
+
 RESULTS = Path(__file__).resolve().parent / "results"
 # Another program that takes more than this of a core has been measured too.
 OUTSIDERS_LIMIT = 0.1
@@ -110,6 +112,7 @@ def run(measure: Callable[[float], Page], seconds: float) -> Page:
     parser.add_argument("--seconds", type=float, default=seconds, help=f"for each row (default: {seconds:g})")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder to write to")
     arguments = parser.parse_args()
+    end_on_sigterm()
     page = measure(arguments.seconds)
     page.write(arguments.output)
     return page

@@ -20,7 +20,7 @@ import httpx
 from benchmarks.loads import run
 from benchmarks.pages import RESULTS, Page, console
 from benchmarks.pictures import pictures
-from benchmarks.processes import Measured, Usage
+from benchmarks.processes import Measured, Usage, end_on_sigterm
 from benchmarks.soak_work import CYCLED, Work
 from vision_server.weights import SHIPPED, SHIPPED_DESCRIBER, SHIPPED_DETECTOR
 
@@ -95,6 +95,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder to write to")
     arguments = parser.parse_args()
+    end_on_sigterm()
     soaked = soak(arguments.minutes * 60, LAPS)
     page_of(soaked, arguments.minutes).write(arguments.output)
     for problem in soaked.problems:

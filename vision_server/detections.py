@@ -10,7 +10,7 @@ from functools import partial
 from serving.errors import ServiceError
 from vision_server import metrics
 from vision_server.admission import Admission
-from vision_server.annotate import MAX_SIDE_PX, annotate
+from vision_server.annotate import annotate
 from vision_server.detector import DetectItem
 from vision_server.errors import InvalidField
 from vision_server.images import Image, Images
@@ -74,7 +74,7 @@ class Detections:
     ) -> Seen:
         """Raises a ServiceError; `deadline_s` is a moment of time.perf_counter(). `patient`: waits when the server is full.
 
-        `whole`: the caller looks at the picture too, so that all its pixels are decoded. `follow` is handed what was found and
+        `whole`: the caller looks at the picture too, and is given all its pixels. `follow` is handed what was found and
         answers it numbered, before masks are made and boxes drawn.
         """
         try:
@@ -100,9 +100,6 @@ class Detections:
         began_s = time.perf_counter()
         class_ids = _class_ids(model, options, "options")
         detector, batcher = model.detector, model.batcher
-        # A JPEG is decoded as small as the model, or who draws on it, needs it.
-        side_px = detector.card.input_size_px
-        least_px = None if whole else max(side_px, MAX_SIDE_PX) if options.annotate else side_px
         enter, size_bytes = self._admission, source.size_bytes
         if not patient:
             batcher.check_room(priority)  # before anything is decoded
@@ -110,22 +107,30 @@ class Detections:
             await enter.enter_when_free(size_bytes, priority) if patient else enter.enter(size_bytes, priority) as place
         ):
             decoded, fitted = await self._images.decode_then(
-                source, place, detector.fit, least_px, shorter_side=model.card.task is Task.CLASSIFY
+                source,
+                place,
+                detector.fit,
+                detector.card.input_size_px,
+                shorter_side=model.card.task is Task.CLASSIFY,
             )
-            image = decoded.image
+            image, decode_ms = decoded.image, decoded.decode_ms
             item = DetectItem(fitted, options, class_ids)
             batched = await batcher.submit(item, deadline_s=deadline_s, priority=priority)
             found = batched.result
             detections = found.detections if follow is None else await follow(image, found.detections)
+            if image.reduction > 1 and (whole or options.annotate):
+                # Once more, for eyes: what is found must not depend on who else looks at the picture.
+                again = await self._images.decode(source, place)
+                image, decode_ms = again.image, decode_ms + again.decode_ms
             picture, drawing_ms = b"", 0.0
             if options.annotate or (options.masks and found.masks):
                 detections, picture, drawing_ms = await self._images.run(
                     partial(_draw, image, found, detections, options)
                 )
-        metrics.DECODE_SECONDS.observe(decoded.decode_ms / 1000)
+        metrics.DECODE_SECONDS.observe(decode_ms / 1000)
         model.meters.count_image(queue_ms=batched.queue_ms, postprocess_ms=found.postprocess_ms + drawing_ms)
         timings = Timings(
-            decode_ms=decoded.decode_ms,
+            decode_ms=decode_ms,
             queue_ms=batched.queue_ms,
             inference_ms=found.inference_ms,
             postprocess_ms=found.postprocess_ms + drawing_ms,

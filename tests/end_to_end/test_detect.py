@@ -91,10 +91,11 @@ def test_boxes_lie_in_the_picture_as_it_is_seen(vision: Server, clear: Picture, 
 def test_other_kinds_of_file_are_read_too(
     vision: Server, clear: Picture, converted: Callable[[Image.Image], bytes]
 ) -> None:
-    content = converted(clear.image)
-    # A picture that is drawn on is decoded whole, as bare pixels are: the two see the same.
-    answer = vision.vision.Detect(detect_request(content, annotate=True))
-    assert (answer.width_px, answer.height_px) == clear.image.size
+    # Of this size a JPEG is decoded whole, as bare pixels are: the model sees the same of both.
+    picture = clear.fitted(600)
+    content = converted(picture.image)
+    answer = vision.vision.Detect(detect_request(content))
+    assert (answer.width_px, answer.height_px) == picture.image.size
     # Whatever a shape without its colours looks like to the model: the pixels are those that any other reader sees.
     pixels = as_raw(Image.open(io.BytesIO(content)))
     boxes, wanted = found(answer.detections), found(vision.vision.Detect(pb.DetectRequest(image=pixels)).detections)
@@ -156,6 +157,16 @@ def test_annotate_draws_into_the_picture_as_it_is_seen(vision: Server, clear: Pi
         x0, y0, x1, y1 = (round(edge) for edge in shape.box)
         assert difference.crop((x0 - 4, y0 - 4, x1 + 4, y1 + 4)).getbbox()
     assert sum(difference.histogram()[128:]) < 0.2 * drawn.width * drawn.height
+
+
+def test_what_is_found_does_not_depend_on_who_looks_at_the_picture(vision: Server, clear: Picture) -> None:
+    # A JPEG that is decoded small for the model, and whole for whoever draws on it or asks about it.
+    content = jpeg(clear.fitted(1280).image)
+    plain = vision.vision.Detect(detect_request(content)).detections
+    drawn = vision.vision.Detect(detect_request(content, annotate=True))
+    request = pb.AnalyzeRequest(image=image_pb2.Image(content=content), question="How many shapes are there?")
+    assert list(plain) == list(drawn.detections) == list(vision.vision.Analyze(request).detection.detections)
+    assert Image.open(io.BytesIO(drawn.annotated_image)).width == drawn.width_px
 
 
 def test_an_empty_scene_has_no_boxes(vision: Server) -> None:
