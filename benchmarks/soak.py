@@ -96,8 +96,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder to write to")
     arguments = parser.parse_args()
     end_on_sigterm()
+    # Begun before the soak: a page tells what other programs took from its own beginning on.
+    page = Page("soak", f"A soak of {arguments.minutes:g} minutes", f"make soak MINUTES={arguments.minutes:g}")
     soaked = soak(arguments.minutes * 60, LAPS)
-    page_of(soaked, arguments.minutes).write(arguments.output)
+    describe(page, soaked)
+    page.write(arguments.output)
     for problem in soaked.problems:
         console.print(problem, style="red", markup=False, soft_wrap=True)
     return 1 if soaked.problems else 0
@@ -173,9 +176,8 @@ async def _until_quiet(address: str) -> None:
     await asyncio.sleep(0.5)
 
 
-def page_of(soaked: Soaked, minutes: float) -> Page:
-    """What a soak brought, for people."""
-    page = Page("soak", f"A soak of {minutes:g} minutes", f"make soak MINUTES={minutes:g}")
+def describe(page: Page, soaked: Soaked) -> None:
+    """Writes what a soak brought onto its page."""
     work, last = soaked.work, soaked.rests[-1]
     page.say(
         "All shipped models; side by side callers that detect (all tasks, options and priorities), send bad images, cancel, "
@@ -210,7 +212,6 @@ def page_of(soaked: Soaked, minutes: float) -> Page:
     )
     if soaked.problems:
         page.say("\n".join(f"- {problem}" for problem in soaked.problems))
-    return page
 
 
 def _slope(points: Sequence[tuple[float, float]]) -> float:
