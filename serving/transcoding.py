@@ -42,6 +42,9 @@ HTTP_STATUS = {
 TIMEOUT_HEADER = "x-server-timeout"
 """Seconds that the caller is willing to wait (the name is Google's)."""
 
+_PASSED_ON = ("x-priority",)
+"""Headers that methods read as metadata of the same name."""
+
 # Both alphabets of RFC 4648, as protobuf's JSON allows.
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]*={0,2}")
 NDJSON = "application/x-ndjson"
@@ -129,7 +132,16 @@ class Transcoder:
             except ClientDisconnect:
                 return Response(status_code=499)
             client = request.client
-            metadata = ((REQUEST_ID, identity), (HTTP_CALLER, f"{client.host}:{client.port}" if client else "?"))
+            metadata = (
+                (REQUEST_ID, identity),
+                (HTTP_CALLER, f"{client.host}:{client.port}" if client else "?"),
+                # Metadata is ASCII; what is not comes out escaped, and is refused for what it is.
+                *(
+                    (name, request.headers[name].encode("ascii", "backslashreplace").decode())
+                    for name in _PASSED_ON
+                    if name in request.headers
+                ),
+            )
             running = call(message, metadata=metadata, timeout=timeout_s)
             leaving = asyncio.ensure_future(_gone(request))
             leaving.add_done_callback(lambda _: running.cancel())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -198,4 +197,4 @@ def _without_addresses(error: Exception) -> str:
 
 def decode_threads(wanted: int, core_count: int) -> int:
     """How many threads decode: as set, else as many as cores, at most 8."""
-    return wanted or min(core_count, 8, os.cpu_count() or 1)
+    return wanted or min(core_count, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class Source:
         return cls(str(path), generates, path, files)
 
 
-class Loaded:
+class Loaded(ABC):
     """A model in memory, with the number of calls that use it; whoever uses it holds a lease."""
 
     def __init__(self, name: str, source: Source, card: Card, memory_bytes: int) -> None:
@@ -79,18 +80,18 @@ class Loaded:
                     await self._unused.wait()
         await self._end()
 
-    async def _end(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _end(self) -> None: ...
 
     @property
+    @abstractmethod
     def depth(self) -> int:
         """Requests that wait for it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def busy_s(self) -> Mapping[str, float]:
         """Seconds in which it computed since it was loaded, by device."""
-        raise NotImplementedError
 
 
 class LoadedDetector(Loaded):

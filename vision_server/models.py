@@ -166,8 +166,9 @@ class Models:
         return busy_s
 
     def estimate_s(self) -> float:
-        """When a caller that found the server full may come again, in seconds."""
-        return max([0.1, *(held.batcher.estimate_s() for held in self._held if isinstance(held, LoadedDetector))])
+        """When a caller that found the server full may come again, in seconds. Any thread may ask."""
+        held = tuple(self._held)  # a model may come or go on the loop meanwhile
+        return max([0.1, *(loaded.batcher.estimate_s() for loaded in held if isinstance(loaded, LoadedDetector))])
 
     def _serving(self, name: str, field: str, *, generates: bool) -> Loaded:
         model = self._names.find(name) if name else self._names.default(generates=generates)

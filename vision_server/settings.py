@@ -158,8 +158,23 @@ class VisionSettings(BaseSettings):
 
     @property
     def core_count(self) -> int:
-        """Cores that this process may use."""
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        """Cores that this process may use: those it is bound to, or its container's share of them where that is less."""
+        bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(bound, container_cores(Path("/sys/fs/cgroup")) or bound)
+
+
+def container_cores(root: Path) -> int | None:
+    """The whole cores, at least 1, that the control group below `root` (version 2 or 1) may use at once; None: it sets no limit.
+
+    `docker run --cpus 4` takes time away, not cores: a thread for each core of the machine would only wait for the next period.
+    """
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for file in files for word in (root / file).read_text().split())
+        except (OSError, ValueError):  # not this version, or `max`: no limit
+            continue
+        return max(1, quota // period) if quota > 0 else None
+    return None
 
 
 def _names(listed: str) -> tuple[str, ...]:
