@@ -137,7 +137,7 @@ class ModelUnloaded(ServiceError):
             Code.FAILED_PRECONDITION,
             "MODEL_UNLOADED",
             f"The model {name!r} is not loaded.",
-            cure="LoadModel loads it.",
+            cure=f"Load it: `ai4thai models load {name}`, or LoadModel.",
             metadata={"model": name},
             field=field,
         )
