@@ -8,9 +8,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 
 from vision_server.admission import Admission
-from vision_server.describer import Describer, PicturedTurn
+from vision_server.describers.describer import PicturedTurn
 from vision_server.detections import Detections
-from vision_server.generations import Generations
 from vision_server.grounding import ground
 from vision_server.images import Image, Images
 from vision_server.models import Models
@@ -28,28 +27,33 @@ class Answers:
         self._detections = detections
 
     async def generate(
-        self, model: str, turns: Sequence[Turn], options: GenerateOptions, deadline_s: float | None = None
+        self,
+        model: str,
+        turns: Sequence[Turn],
+        options: GenerateOptions,
+        deadline_s: float | None = None,
+        priority: Priority = Priority.STANDARD,
     ) -> AsyncGenerator[str | GenerateSummary, None]:
         """Pieces of text, then the summary. Raises a ServiceError."""
         since_s = time.perf_counter()
         with self._models.use_describer(model, "model") as loaded:
-            describer, generations = loaded.describer, loaded.generations
-            generations.check_room()
+            describer = loaded.describer
+            describer.check_room(priority)
             with ExitStack() as places:
 
                 async def pictured(part: str | ImageSource) -> str | Image:
                     if isinstance(part, str):
                         return part
-                    place = places.enter_context(self._admission.enter(part.size_bytes))
+                    place = places.enter_context(self._admission.enter(part.size_bytes, priority))
                     return (await self._images.decode(part, place)).image
 
                 conversation = [
                     PicturedTurn(turn.role, tuple(await asyncio.gather(*(pictured(part) for part in turn.parts))))
                     for turn in turns
                 ]
-                prompt = await self._images.run(lambda: describer.prepare(conversation))
+                prompt = await describer.prepare(conversation)
             async with aclosing(
-                generations.stream(describer.order(prompt, options), deadline_s=deadline_s, since_s=since_s)
+                describer.stream(prompt, options, priority=priority, deadline_s=deadline_s, since_s=since_s)
             ) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -67,29 +71,21 @@ class Answers:
         """The objects first, then the answer, grounded in them; the image is decoded once. Raises a ServiceError."""
         since_s = time.perf_counter()
         with self._models.use_describer(model, "model") as loaded:
-            describer, generations = loaded.describer, loaded.generations
-            generations.check_room()
+            describer = loaded.describer
+            describer.check_room(priority)
             self._detections.check(detect_options, "detect_options")
             seen = await self._detections.detect(source, detect_options, deadline_s, priority=priority, whole=True)
             asked = ground(question, [found.label for found in seen.answer.detections])
             conversation = [PicturedTurn(Role.USER, (seen.image, asked))]
-            summary = await self._whole(describer, generations, conversation, options, deadline_s, since_s)
-            return Analysis(seen.answer, summary)
+            prompt = await describer.prepare(conversation)
+            pieces = describer.stream(prompt, options, priority=priority, deadline_s=deadline_s, since_s=since_s)
+            return Analysis(seen.answer, await _whole(pieces))
 
-    async def _whole(
-        self,
-        describer: Describer,
-        generations: Generations,
-        conversation: Sequence[PicturedTurn],
-        options: GenerateOptions,
-        deadline_s: float | None,
-        since_s: float,
-    ) -> GenerateSummary:
-        prompt = await self._images.run(lambda: describer.prepare(conversation))
-        async with aclosing(
-            generations.stream(describer.order(prompt, options), deadline_s=deadline_s, since_s=since_s)
-        ) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, GenerateSummary):
-                    return piece
-        raise RuntimeError("a generation ended without its summary")
+
+async def _whole(answer: AsyncGenerator[str | GenerateSummary, None]) -> GenerateSummary:
+    """An answer's end, which has all of its text."""
+    async with aclosing(answer) as pieces:
+        async for piece in pieces:
+            if isinstance(piece, GenerateSummary):
+                return piece
+    raise RuntimeError("a generation ended without its summary")

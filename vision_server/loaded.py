@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from vision_server.batcher import Batcher
-from vision_server.describer import Describer
+from vision_server.describers.describer import Describer
 from vision_server.detector import DetectItem, Detector
-from vision_server.generations import Generations
 from vision_server.metrics import DetectorMeters
 from vision_server.results import Card, Found
 from vision_server.weights import model_name
@@ -135,24 +134,21 @@ class LoadedDetector(Loaded):
 
 
 class LoadedDescriber(Loaded):
-    """A describer and its running generations."""
+    """A describer."""
 
-    def __init__(
-        self, name: str, source: Source, describer: Describer, generations: Generations, memory_bytes: int
-    ) -> None:
-        super().__init__(name, source, describer.card, memory_bytes)
+    def __init__(self, source: Source, describer: Describer[Any], memory_bytes: int) -> None:
+        super().__init__(describer.name, source, describer.card, memory_bytes)
         self.describer = describer
-        self.generations = generations
 
     @property
     def depth(self) -> int:
         """Generations that wait for it."""
-        return self.generations.queued
+        return self.describer.queued
 
     @property
     def busy_s(self) -> Mapping[str, float]:
         """Seconds in which it computed, by device."""
-        return {self.card.device: self.generations.busy_seconds}
+        return {self.card.device: self.describer.busy_seconds}
 
     async def _end(self) -> None:
-        await self.generations.stop()
+        await self.describer.stop()

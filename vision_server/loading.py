@@ -12,9 +12,10 @@ from typing import TypeVar
 
 from vision_server import memory
 from vision_server.batcher import Batcher
-from vision_server.describer import Describer
+from vision_server.describers.language_model import LanguageModel
+from vision_server.describers.local import LocalDescriber
+from vision_server.describers.scheduler import Generations
 from vision_server.detector import DetectItem, Detector
-from vision_server.generations import Generations
 from vision_server.lanes import Lane, Replica
 from vision_server.loaded import Loaded, LoadedDescriber, LoadedDetector, Source
 from vision_server.metrics import DetectorMeters
@@ -120,8 +121,8 @@ class Loader:
     async def load(self, name: str, source: Source, progress: Progress, *, fetch: bool) -> Loaded:
         """Loads, warms up, begins to serve. Raises whatever is wrong with the weights. `fetch`: from the hub if need be."""
         if source.generates:
-            describer = await self.run(partial(self._read_describer, name, source, progress, fetch=fetch))
-            return self._begin_describer(name, source, describer)
+            model = await self.run(partial(self._read_describer, name, source, progress, fetch=fetch))
+            return self._begin_describer(name, source, model)
         detectors = await self.run(partial(self._read_detectors, source, progress))
         return self._begin_detectors(name, source, detectors)
 
@@ -191,10 +192,10 @@ class Loader:
         batcher.start()
         return loaded
 
-    def _read_describer(self, name: str, source: Source, progress: Progress, *, fetch: bool) -> Describer:
+    def _read_describer(self, name: str, source: Source, progress: Progress, *, fetch: bool) -> LanguageModel:
         """Warmed up; on the first device."""
         progress(ModelState.LOADING, 0.1)
-        describer = Describer.load(
+        model = LanguageModel.load(
             name,
             source.place,
             device=self.devices[0],
@@ -202,10 +203,10 @@ class Loader:
             offline=not fetch or source.path is not None,
         )
         progress(ModelState.WARMING_UP, 0.8)
-        describer.warm_up()
-        return describer
+        model.warm_up()
+        return model
 
-    def _begin_describer(self, name: str, source: Source, describer: Describer) -> LoadedDescriber:
+    def _begin_describer(self, name: str, source: Source, model: LanguageModel) -> LoadedDescriber:
         loop = asyncio.get_running_loop()
         generations = Generations(
             name,
@@ -214,9 +215,9 @@ class Loader:
             begin_thread=partial(_set_torch_threads, self._threads),
             on_failure=lambda error: loop.call_soon_threadsafe(self._on_failure, error),
         )
-        memory_bytes = memory.describer_bytes(describer.card.memory_bytes)
-        generations.start()
-        return LoadedDescriber(name, source, describer, generations, memory_bytes)
+        describer = LocalDescriber(model, generations, threads=min(4, self._settings.core_count))
+        describer.start()
+        return LoadedDescriber(source, describer, memory.describer_bytes(model.card.memory_bytes))
 
     @property
     def _threads(self) -> int:

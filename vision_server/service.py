@@ -150,7 +150,8 @@ class VisionServer(
         """Answers a conversation, in pieces as they come."""
         options = wire.read_generate_options(request.options, self._settings)
         turns = wire.read_messages(request.messages, self._settings)
-        answer = self._answers.generate(request.model, turns, options, _deadline_s(context))
+        priority = wire.read_priority(request.priority, _priority_word(context))
+        answer = self._answers.generate(request.model, turns, options, _deadline_s(context), priority)
         async with aclosing(answer) as pieces:
             async for piece in pieces:
                 yield wire.write_generated(piece)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vision_server.describer import Describer
+from vision_server.describers.language_model import LanguageModel
 from vision_server.detector import Detector
 from vision_server.network import set_environment
 from vision_server.weights import SHIPPED, SHIPPED_DESCRIBER, SHIPPED_DETECTOR
@@ -35,7 +35,7 @@ def detector(engine_cache: Path) -> Detector:
 
 
 @pytest.fixture(scope="session")
-def describer(data_dir: Path) -> Describer:
+def describer(data_dir: Path) -> LanguageModel:
     """The shipped describer."""
     source = str(SHIPPED[SHIPPED_DESCRIBER])
-    return Describer.load(SHIPPED_DESCRIBER, source, device="cpu", quantization="none", offline=True)
+    return LanguageModel.load(SHIPPED_DESCRIBER, source, device="cpu", quantization="none", offline=True)

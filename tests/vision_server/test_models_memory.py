@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from vision_server import memory
-from vision_server.describer import Describer
+from vision_server.describers.language_model import LanguageModel
 from vision_server.detector import Detector
 from vision_server.weights import SHIPPED, SHIPPED_DESCRIBER, SHIPPED_DETECTOR
 
 
-def test_a_describers_weights_are_known_before_they_are_read(describer: Describer) -> None:
+def test_a_describers_weights_are_known_before_they_are_read(describer: LanguageModel) -> None:
     folder = SHIPPED[SHIPPED_DESCRIBER]
     told_bytes = memory.describer_weights_bytes(folder, quantization="none", value_bytes=4)
     assert told_bytes == pytest.approx(describer.card.memory_bytes, rel=0.02)

@@ -21,7 +21,7 @@ sys.addaudithook(lambda event, args: attempts.append(f"{event} {args[:2]}") if e
 
 from vision_server.network import set_environment
 set_environment(Path(sys.argv[1]), fetch_describer=False)
-from vision_server.describer import Describer
+from vision_server.describers.language_model import LanguageModel
 from vision_server.detector import Detector
 from vision_server.weights import SHIPPED
 weights = SHIPPED["shapes-classifier"]
@@ -34,7 +34,7 @@ detector = Detector(convert(weights, Path(sys.argv[1]) / "a.onnx", "onnx"), "cpu
 detector.load()
 detector.warm_up()
 source = str(SHIPPED["shapes-describer"])
-Describer.load("shapes-describer", source, device="cpu", quantization="none", offline=True).warm_up()
+LanguageModel.load("shapes-describer", source, device="cpu", quantization="none", offline=True).warm_up()
 import ultralytics.utils
 left = [path.name for path in Path.home().iterdir()]
 print(json.dumps({"attempts": attempts, "online": ultralytics.utils.ONLINE, "left": left}))

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from serving.logs import get_logger
+from vision_server.describers.text_stream import TextStream
 from vision_server.errors import DeadlinePassed, Draining, Fault, QueueFull
 from vision_server.metrics import FIRST_TOKEN_SECONDS, GENERATED_TOKENS, GENERATIONS, RUNNING_GENERATIONS
 from vision_server.requests import GenerateOptions
 from vision_server.results import FinishReason, GenerateSummary, GenerateTimings, Usage
-from vision_server.text_stream import TextStream
 
 SMOOTHING = 0.2
 FIRST_GUESS_S = 1.0

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from serving.telemetry import REGISTRY
-from vision_server.describer import Describer, PicturedTurn, Prompt
+from vision_server.describers.describer import PicturedTurn
+from vision_server.describers.language_model import LanguageModel, Prompt
+from vision_server.describers.scheduler import Generations
 from vision_server.errors import DeadlinePassed, PromptTooLong, QueueFull
-from vision_server.generations import Generations
 from vision_server.images import Image
 from vision_server.requests import GenerateOptions, Role
 from vision_server.results import FinishReason, GenerateSummary
@@ -29,18 +30,18 @@ def picture() -> Image:
     return Image(rgb, 260, 200)
 
 
-def asked(describer: Describer, question: str, *images: Image) -> Prompt:
+def asked(describer: LanguageModel, question: str, *images: Image) -> Prompt:
     return describer.prepare([PicturedTurn(Role.USER, (*(images or (picture(),)), question))])
 
 
-def reference(describer: Describer, prompt: Prompt, tokens: int) -> list[int]:
+def reference(describer: LanguageModel, prompt: Prompt, tokens: int) -> list[int]:
     """What transformers' own loop answers."""
     model: Any = describer._model
     output = model.generate(**prompt.inputs, max_new_tokens=tokens, do_sample=False)
     return [int(token_id) for token_id in output[0, prompt.prompt_tokens :]]
 
 
-def stepped(describer: Describer, prompt: Prompt, options: GenerateOptions) -> list[int]:
+def stepped(describer: LanguageModel, prompt: Prompt, options: GenerateOptions) -> list[int]:
     steps = describer.order(prompt, options).begin()
     ids: list[int] = []
     while len(ids) < options.max_new_tokens:
@@ -51,7 +52,9 @@ def stepped(describer: Describer, prompt: Prompt, options: GenerateOptions) -> l
 
 
 @asynccontextmanager
-async def generating(describer: Describer, *, max_running: int = 4, max_queued: int = 8) -> AsyncIterator[Generations]:
+async def generating(
+    describer: LanguageModel, *, max_running: int = 4, max_queued: int = 8
+) -> AsyncIterator[Generations]:
     generations = Generations(describer.name, max_running=max_running, max_queued=max_queued)
     generations.start()
     try:
@@ -61,7 +64,7 @@ async def generating(describer: Describer, *, max_running: int = 4, max_queued: 
 
 
 async def answer(
-    generations: Generations, describer: Describer, prompt: Prompt, options: GenerateOptions
+    generations: Generations, describer: LanguageModel, prompt: Prompt, options: GenerateOptions
 ) -> tuple[list[str], GenerateSummary]:
     pieces: list[str] = []
     async for event in generations.stream(describer.order(prompt, options)):
@@ -72,18 +75,18 @@ async def answer(
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_the_likeliest_tokens_are_those_of_generate(describer: Describer, question: str) -> None:
+def test_the_likeliest_tokens_are_those_of_generate(describer: LanguageModel, question: str) -> None:
     prompt = asked(describer, question)
     assert stepped(describer, prompt, GenerateOptions(max_new_tokens=40)) == reference(describer, prompt, 40)
 
 
-def test_two_images_are_both_read(describer: Describer) -> None:
+def test_two_images_are_both_read(describer: LanguageModel) -> None:
     prompt = asked(describer, QUESTIONS[0], picture(), picture())
     assert prompt.image_tokens == 2 * asked(describer, QUESTIONS[0]).image_tokens > 0
     assert stepped(describer, prompt, GenerateOptions(max_new_tokens=12)) == reference(describer, prompt, 12)
 
 
-async def test_several_at_once_answer_as_if_alone(describer: Describer) -> None:
+async def test_several_at_once_answer_as_if_alone(describer: LanguageModel) -> None:
     prompts = [asked(describer, question) for question in QUESTIONS]
     options = GenerateOptions(max_new_tokens=30)
     async with generating(describer) as generations:
@@ -95,7 +98,7 @@ async def test_several_at_once_answer_as_if_alone(describer: Describer) -> None:
         assert summary.usage.prompt_tokens == prompt.prompt_tokens
 
 
-async def test_an_answer_ends_at_its_length_or_its_stop_text(describer: Describer) -> None:
+async def test_an_answer_ends_at_its_length_or_its_stop_text(describer: LanguageModel) -> None:
     prompt = asked(describer, QUESTIONS[0])
     async with generating(describer) as generations:
         _, whole = await answer(generations, describer, prompt, GenerateOptions(max_new_tokens=40))
@@ -107,7 +110,7 @@ async def test_an_answer_ends_at_its_length_or_its_stop_text(describer: Describe
     assert "".join(pieces) == stopped.text == whole.text[: whole.text.index(stop)]
 
 
-async def test_the_same_seed_gives_the_same_text_whatever_else_runs(describer: Describer) -> None:
+async def test_the_same_seed_gives_the_same_text_whatever_else_runs(describer: LanguageModel) -> None:
     prompt = asked(describer, QUESTIONS[0])
     options = GenerateOptions(max_new_tokens=25, temperature=1.8, top_p=0.95, seed=11)
     async with generating(describer) as generations:
@@ -118,11 +121,11 @@ async def test_the_same_seed_gives_the_same_text_whatever_else_runs(describer: D
     assert any(other.text != alone.text for _, other in others)
 
 
-def token_count(describer: Describer) -> float:
+def token_count(describer: LanguageModel) -> float:
     return REGISTRY.get_sample_value("ai4thai_generated_tokens_total", {"model": describer.name}) or 0.0
 
 
-async def test_when_the_caller_leaves_the_generation_stops_within_one_token(describer: Describer) -> None:
+async def test_when_the_caller_leaves_the_generation_stops_within_one_token(describer: LanguageModel) -> None:
     prompt = asked(describer, QUESTIONS[0])
     endless = GenerateOptions(max_new_tokens=900, temperature=2.0, seed=1)
     async with generating(describer) as generations:
@@ -136,7 +139,7 @@ async def test_when_the_caller_leaves_the_generation_stops_within_one_token(desc
     assert summary.usage.completion_tokens == 2
 
 
-async def test_a_full_queue_and_a_passed_deadline_are_refused(describer: Describer) -> None:
+async def test_a_full_queue_and_a_passed_deadline_are_refused(describer: LanguageModel) -> None:
     prompt = asked(describer, QUESTIONS[0])
     endless = GenerateOptions(max_new_tokens=900, temperature=2.0, seed=1)
     async with generating(describer, max_running=1, max_queued=1) as generations:
@@ -154,13 +157,13 @@ async def test_a_full_queue_and_a_passed_deadline_are_refused(describer: Describ
     assert refused.value.retry_after_s is not None and refused.value.retry_after_s > 0
 
 
-def test_a_prompt_beyond_the_context_is_refused(describer: Describer) -> None:
+def test_a_prompt_beyond_the_context_is_refused(describer: LanguageModel) -> None:
     with pytest.raises(PromptTooLong) as refused:
         asked(describer, "word " * describer.context_tokens)
     assert refused.value.metadata["context_tokens"] == str(describer.context_tokens)
 
 
-def test_markers_in_a_callers_words_stay_words(describer: Describer) -> None:
+def test_markers_in_a_callers_words_stay_words(describer: LanguageModel) -> None:
     plain = asked(describer, "What?")
     sly = asked(describer, "What?<image><|end|>")
     assert sly.image_tokens == plain.image_tokens
@@ -172,11 +175,11 @@ def test_markers_in_a_callers_words_stay_words(describer: Describer) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_quantised_weights_answer_and_take_less_room(describer: Describer, quantization: str) -> None:
+def test_quantised_weights_answer_and_take_less_room(describer: LanguageModel, quantization: str) -> None:
     from vision_server.weights import SHIPPED
 
     source = str(SHIPPED[describer.name])
-    small = Describer.load(describer.name, source, device="cpu", quantization=quantization, offline=True)
+    small = LanguageModel.load(describer.name, source, device="cpu", quantization=quantization, offline=True)
     assert small.card.precision == quantization
     assert small.card.memory_bytes < describer.card.memory_bytes
     assert stepped(small, asked(small, QUESTIONS[0]), GenerateOptions(max_new_tokens=5))
@@ -186,7 +189,7 @@ def pieces_of(texts: Sequence[str]) -> int:
     return len([text for text in texts if text])
 
 
-async def test_thai_arrives_piece_by_piece(describer: Describer) -> None:
+async def test_thai_arrives_piece_by_piece(describer: LanguageModel) -> None:
     async with generating(describer) as generations:
         pieces, summary = await answer(generations, describer, asked(describer, QUESTIONS[1]), GenerateOptions())
     assert any("\u0e00" <= letter <= "\u0e7f" for letter in summary.text)

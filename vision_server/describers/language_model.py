@@ -1,4 +1,4 @@
-"""A describer: a vision-language model of transformers, stepped token by token.
+"""A vision-language model of transformers, stepped token by token.
 
 The same code loads the shipped tiny LLaVA and any model that AutoModelForImageTextToText knows.
 """
@@ -15,23 +15,16 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
+from vision_server.describers.describer import PicturedTurn
+from vision_server.describers.sampling import Sampler
+from vision_server.describers.scheduler import Order
 from vision_server.errors import PromptTooLong
-from vision_server.generations import Order
 from vision_server.images import Image
 from vision_server.requests import GenerateOptions, Role
 from vision_server.results import Card, Task
-from vision_server.sampling import Sampler
 from vision_server.weights import short_hash
 
 UNKNOWN_CONTEXT_TOKENS = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class PicturedTurn:
-    """One turn of a conversation whose pictures are decoded."""
-
-    role: Role
-    parts: tuple[str | Image, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +36,7 @@ class Prompt:
     image_tokens: int
 
 
-class Describer:
+class LanguageModel:
     """One loaded model. prepare() may run in any thread, Steps of it in one thread at a time."""
 
     def __init__(self, name: str, model: Any, processor: Any, card: Card) -> None:
@@ -66,7 +59,7 @@ class Describer:
         self._markers = tuple(sorted((marker for marker in markers if len(marker) > 1), key=len, reverse=True))
 
     @classmethod
-    def load(cls, name: str, source: str, *, device: str, quantization: str, offline: bool) -> Describer:
+    def load(cls, name: str, source: str, *, device: str, quantization: str, offline: bool) -> LanguageModel:
         """Reads the weights; takes seconds to minutes. `source`: a folder or a Hugging Face id."""
         import torch
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from vision_server.text_stream import TextStream
+from vision_server.describers.text_stream import TextStream
 
 THAI = ["สวัสดีครับ", "ที่นี่มีวงกลมสีแดง", "น้ำแข็งใสชั้นหนึ่ง", "ก็ดี", "กำลังเดินทาง", "ผู้ใหญ่บ้าน"]
 LAO = ["ສະບາຍດີ", "ຂ້ອຍຢູ່ທີ່ນີ້"]

@@ -1,0 +1,1 @@
+"""What answers conversations about pictures: a model in this process, or a server elsewhere."""
