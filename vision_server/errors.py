@@ -19,6 +19,8 @@ ServiceError
 ├── Draining             the server is on its way out
 ├── WrongOrder           messages of a stream
 ├── PromptTooLong        does not fit into the model's context
+├── AnswerTooLong        does not fit into the memory for conversations
+├── MemoryRanOut         of the device, for one generation
 ├── WaitTooLong          what waits takes too long
 ├── ExecutorStuck        a batch that does not end
 ├── ModelBroken          does not compute any more
@@ -262,6 +264,39 @@ class PromptTooLong(ServiceError):
             cure="Send fewer messages, shorter texts or fewer images.",
             metadata={"prompt_tokens": prompt_tokens, "context_tokens": context_tokens},
             field="messages",
+        )
+
+
+class AnswerTooLong(ServiceError):
+    """Prompt and answer together would not fit into what a describer may keep of conversations, even alone."""
+
+    def __init__(self, prompt_tokens: int, max_new_tokens: int, limit_tokens: int) -> None:
+        super().__init__(
+            Code.INVALID_ARGUMENT,
+            "PROMPT_TOO_LONG",
+            f"The prompt has {prompt_tokens:,} tokens and the answer may have {max_new_tokens:,}; "
+            f"there is memory for {limit_tokens:,} together.",
+            cure="Send less, lower max_new_tokens, or raise VISION_MAX_CACHE_BYTES on the server.",
+            metadata={
+                "prompt_tokens": prompt_tokens,
+                "max_new_tokens": max_new_tokens,
+                "limit_tokens": limit_tokens,
+            },
+            field="messages",
+        )
+
+
+class MemoryRanOut(ServiceError):
+    """The device's memory ran out for a generation; the others go on."""
+
+    def __init__(self, name: str, retry_after_s: float) -> None:
+        super().__init__(
+            Code.RESOURCE_EXHAUSTED,
+            "MEMORY_EXCEEDED",
+            f"The memory of the model {name!r}'s device ran out for this generation.",
+            cure="Try again later or send less; an operator lowers VISION_MAX_CACHE_BYTES or VISION_MAX_RUNNING_GENERATIONS.",
+            metadata={"model": name},
+            retry_after_s=retry_after_s,
         )
 
 

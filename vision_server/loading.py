@@ -12,8 +12,12 @@ from typing import TypeVar
 
 from vision_server import memory
 from vision_server.batcher import Batcher
-from vision_server.describers.language_model import LanguageModel
+from vision_server.describers.addresses import RemoteAddress
+from vision_server.describers.connecting import connect
+from vision_server.describers.language_model import LanguageModel, Limits
 from vision_server.describers.local import LocalDescriber
+from vision_server.describers.peer import Peer
+from vision_server.describers.remote import RemoteDescriber
 from vision_server.describers.scheduler import Generations
 from vision_server.detector import DetectItem, Detector
 from vision_server.lanes import Lane, Replica
@@ -81,7 +85,9 @@ class Loader:
     async def prepare(self) -> None:
         """Imports what is needed and picks the devices; raises what is wrong with them."""
         if not self.devices:
-            self.devices = await self.run(partial(_prepare, self._settings.device, bool(self._settings.describers)))
+            self.devices = await self.run(
+                partial(_prepare, self._settings.device, bool(self._settings.local_describers))
+            )
 
     def find(self, name: str, generates: bool, *, fetch: bool, hub: bool) -> Source:
         """Where a model's weights are now. Blocks, the longer the more is to be fetched. Raises WeightsMissing.
@@ -201,6 +207,12 @@ class Loader:
             device=self.devices[0],
             quantization=self._quantization(source),
             offline=not fetch or source.path is not None,
+            limits=Limits(
+                max_rows=self._settings.max_running_generations,
+                max_cache_bytes=self._settings.max_cache_bytes,
+                max_feature_bytes=self._settings.max_image_cache_bytes,
+                prefill_tokens=self._settings.prefill_tokens,
+            ),
         )
         progress(ModelState.WARMING_UP, 0.8)
         model.warm_up()
@@ -209,15 +221,54 @@ class Loader:
     def _begin_describer(self, name: str, source: Source, model: LanguageModel) -> LoadedDescriber:
         loop = asyncio.get_running_loop()
         generations = Generations(
-            name,
+            model,
             max_running=self._settings.max_running_generations,
             max_queued=self._settings.max_queued_generations,
+            ageing_ms=self._settings.priority_ageing_ms,
             begin_thread=partial(_set_torch_threads, self._threads),
             on_failure=lambda error: loop.call_soon_threadsafe(self._on_failure, error),
         )
         describer = LocalDescriber(model, generations, threads=min(4, self._settings.core_count))
         describer.start()
-        return LoadedDescriber(source, describer, memory.describer_bytes(model.card.memory_bytes))
+        return LoadedDescriber(source, describer, model.card.memory_bytes + model.max_cache_bytes)
+
+    async def connect(
+        self, name: str, address: RemoteAddress, progress: Progress, on_away: Callable[[Loaded, str], object]
+    ) -> LoadedDescriber:
+        """A describer that another server runs, found there and tried out; needs no device, and waits for no other load.
+
+        `on_away` is told, on the loop, that its server is away later, and why. Raises PeerError.
+        """
+        settings = self._settings
+        peer = Peer(
+            address.base_url,
+            api_key=settings.remote_api_key.get_secret_value(),
+            silence_s=settings.remote_silence_s,
+            max_answers=settings.max_remote_generations,
+        )
+        await asyncio.to_thread(peer.open)
+        try:
+            progress(ModelState.LOADING, 0.1)
+            model = await connect(
+                peer, address.model, lambda: progress(ModelState.WARMING_UP, 0.5), settings.remote_silence_s
+            )
+        except BaseException:
+            await peer.close()
+            raise
+        describer = RemoteDescriber(
+            name,
+            model,
+            peer,
+            max_running=settings.max_remote_generations,
+            max_queued=settings.max_queued_generations,
+            max_bytes=settings.max_queued_bytes,
+            ageing_ms=settings.priority_ageing_ms,
+            threads=min(4, settings.core_count),
+            on_away=lambda why: on_away(loaded, why),
+        )
+        loaded = LoadedDescriber(Source(f"{address.base_url}#{model}", generates=True), describer, 0)
+        describer.start()
+        return loaded
 
     @property
     def _threads(self) -> int:
@@ -242,8 +293,9 @@ class Loader:
         return 2 if self.devices[0].startswith("cuda") else 4
 
     def _quantization(self, source: Source) -> str:
-        if self._settings.quantization != "auto":
-            return self._settings.quantization
+        wanted = self._settings.quantization_of(source.place if source.path is None else source.path.name)
+        if wanted != "auto":
+            return wanted
         on_cuda = self.devices[0].startswith("cuda")
         return "nf4" if on_cuda and source.path not in SHIPPED.values() else "none"
 

@@ -84,6 +84,32 @@ GENERATIONS = Counter(
     ["model", "finish_reason"],
     registry=REGISTRY,
 )
+GENERATED_PIECES = Counter(
+    "ai4thai_generated_pieces", "Pieces of text handed to callers.", ["model"], registry=REGISTRY
+)
+STEP_SECONDS = Histogram(
+    "ai4thai_generation_step_seconds",
+    "A step of the running generations: one more token for each.",
+    ["model"],
+    buckets=_STEP_BUCKETS_S,
+    registry=REGISTRY,
+)
+STEP_ROWS = Histogram(
+    "ai4thai_generation_step_rows",
+    "Generations that shared a step; once for each step.",
+    ["model"],
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+    registry=REGISTRY,
+)
+IMAGE_FEATURES = Counter(
+    "ai4thai_image_features",
+    "Pictures that a describer needed, by whether what its vision tower makes of them was kept (`hit`, `miss`).",
+    ["model", "outcome"],
+    registry=REGISTRY,
+)
+IMAGE_FEATURE_BYTES = Gauge(
+    "ai4thai_image_feature_bytes", "Bytes of pictures' features that are kept.", ["model"], registry=REGISTRY
+)
 FIRST_TOKEN_SECONDS = Histogram(
     "ai4thai_time_to_first_token_seconds", "From the request to its first token.", ["model"], registry=REGISTRY
 )
@@ -127,7 +153,8 @@ def forget_model(model: str) -> None:
 
 _OF_MODELS = (
     *(QUEUE_SECONDS, INFERENCE_SECONDS, POSTPROCESS_SECONDS, BATCH_SIZE, WAITING_REQUESTS, MODEL_READY),
-    *(RUNNING_GENERATIONS, GENERATED_TOKENS, GENERATIONS, FIRST_TOKEN_SECONDS),
+    *(RUNNING_GENERATIONS, GENERATED_TOKENS, GENERATIONS, FIRST_TOKEN_SECONDS, GENERATED_PIECES),
+    *(STEP_SECONDS, STEP_ROWS, IMAGE_FEATURES, IMAGE_FEATURE_BYTES),
 )
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from vision_server.describers.addresses import RemoteAddress, read_describers
+
+# `host` or `host:port`, IPv6 in brackets: no scheme, path, user or wildcard.
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s/\\@:*?#\[\]]+)(:\d{1,5})?")
+
+_QUANTIZATIONS = ("auto", "none", "nf4", "int8")
 
 
 def default_data_dir() -> Path:
@@ -43,12 +52,27 @@ class VisionSettings(BaseSettings):
     describer: str = Field(
         "shapes-describer",
         description="The describers, separated by commas; the first is the default. `shapes-describer` is shipped; other "
-        "names are folders of the model directory, or Hugging Face ids such as `llava-hf/llava-1.5-7b-hf`. Empty: none.",
+        "names are folders of the model directory, or Hugging Face ids such as `llava-hf/llava-1.5-7b-hf`, or run on an "
+        "OpenAI-compatible server (vLLM): `openai+http://HOST:8000/v1`, with `#MODEL` behind it unless the first that the server "
+        "lists is meant, and `NAME=` before it unless it is to be called MODEL, or `remote`. Empty: none.",
     )
-    quantization: Literal["auto", "none", "nf4", "int8"] = Field(
+    remote_api_key: SecretStr = Field(
+        SecretStr(""),
+        description="The key that every remote describer's server is sent (`Authorization: Bearer`). Empty: none.",
+    )
+    max_remote_generations: int = Field(
+        64, ge=1, description="Generations that one remote describer's server is asked at once; more wait here."
+    )
+    remote_silence_s: float = Field(
+        120.0,
+        gt=0,
+        description="A remote describer's server that says nothing for this long, before an answer or within one, is given up: "
+        "UNAVAILABLE.",
+    )
+    quantization: str = Field(
         "auto",
-        description="How describers hold their weights (bitsandbytes). `auto`: nf4 on CUDA for describers that are not "
-        "shipped, none otherwise.",
+        description="How describers hold their weights (bitsandbytes): `none`, `nf4` (4 bits) or `int8`. `auto`: nf4 on CUDA for "
+        "describers that are not shipped, none otherwise. By model with commas: `nf4,typhoon=int8`.",
     )
     offline: bool = Field(False, description="Never fetch a model; what is not on this machine fails to load.")
     device: str = Field(
@@ -82,6 +106,11 @@ class VisionSettings(BaseSettings):
     decode_threads: int = Field(0, ge=0, description="Threads that decode images. 0: as many as cores, at most 8.")
 
     max_image_bytes: int = Field(20_000_000, ge=1, description="Bytes of one image file.")
+    image_url_hosts: str = Field(
+        "",
+        description="Hosts that images may be fetched from when a chat (/v1/chat/completions) names an http(s) URL, separated by "
+        "commas: `cdn.example`, `files.internal:8080`. Exactly these: no subdomains, no redirects. Empty: none.",
+    )
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="Pixels of one image, read from its header before it is decoded."
     )
@@ -137,7 +166,28 @@ class VisionSettings(BaseSettings):
     max_queued_generations: int = Field(
         64, ge=1, description="Generations waiting for one describer; more get RESOURCE_EXHAUSTED."
     )
-    max_running_generations: int = Field(8, ge=1, description="Generations that one describer runs side by side.")
+    max_running_generations: int = Field(
+        16,
+        ge=1,
+        description="Generations that one describer steps together; a step takes hardly longer for many than for one.",
+    )
+    max_cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory for the tokens of one describer's running conversations; one whose prompt and answer do not fit "
+        "waits, or is refused when it would not fit alone. 0: half of the free memory, at most what all places can use.",
+    )
+    prefill_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens of new prompts read between two tokens of the running answers: more begins new answers sooner, less "
+        "keeps running ones even. 0: 512 on a GPU, 128 on the CPU.",
+    )
+    max_image_cache_bytes: int = Field(
+        256 << 20,
+        ge=0,
+        description="Memory for what one describer's vision tower made of the last pictures, found again by content. 0: none.",
+    )
     max_images_per_request: int = Field(8, ge=1, description="Images in one conversation.")
     max_text_bytes: int = Field(65_536, ge=1, description="Bytes of all texts in one conversation, UTF-8.")
 
@@ -151,10 +201,50 @@ class VisionSettings(BaseSettings):
         """The detectors' names, the default first."""
         return _names(self.detector)
 
+    @field_validator("describer")
+    @classmethod
+    def _describers(cls, listed: str) -> str:
+        read_describers(_names(listed))
+        return listed
+
     @property
-    def describers(self) -> tuple[str, ...]:
-        """The describers' names, the default first."""
-        return _names(self.describer)
+    def describers(self) -> Mapping[str, RemoteAddress | None]:
+        """The describers by name, the default first; those with an address run there."""
+        return read_describers(_names(self.describer))
+
+    @property
+    def local_describers(self) -> tuple[str, ...]:
+        """The names of those that run in this process."""
+        return tuple(name for name, address in self.describers.items() if address is None)
+
+    @field_validator("image_url_hosts")
+    @classmethod
+    def _hosts(cls, listed: str) -> str:
+        for host in _names(listed):
+            if not _HOST.fullmatch(host):
+                raise ValueError(f"{host!r} is no host; name hosts as `cdn.example` or `files.internal:8080`")
+        return listed
+
+    @property
+    def image_hosts(self) -> tuple[str, ...]:
+        """The hosts, `host` or `host:port`, that images may be fetched from."""
+        return _names(self.image_url_hosts)
+
+    @field_validator("quantization")
+    @classmethod
+    def _known_quantization(cls, value: str) -> str:
+        for entry in _names(value):
+            mode = entry.rpartition("=")[2].strip()
+            if mode not in _QUANTIZATIONS:
+                raise ValueError(f"{mode!r} is none of {', '.join(_QUANTIZATIONS)}")
+        return value
+
+    def quantization_of(self, name: str) -> str:
+        """`auto`, `none`, `nf4` or `int8`: the model's own entry, else the one without a name."""
+        modes = {
+            model.strip(): mode.strip() for model, _, mode in (e.rpartition("=") for e in _names(self.quantization))
+        }
+        return modes.get(name, modes.get("", "auto"))
 
     @property
     def core_count(self) -> int:

@@ -38,4 +38,6 @@ def detector(engine_cache: Path) -> Detector:
 def describer(data_dir: Path) -> LanguageModel:
     """The shipped describer."""
     source = str(SHIPPED[SHIPPED_DESCRIBER])
-    return LanguageModel.load(SHIPPED_DESCRIBER, source, device="cpu", quantization="none", offline=True)
+    model = LanguageModel.load(SHIPPED_DESCRIBER, source, device="cpu", quantization="none", offline=True)
+    model.warm_up()
+    return model

@@ -1,4 +1,4 @@
-"""A vision-language model of transformers, stepped token by token.
+"""A vision-language model of transformers, as the scheduler steps it.
 
 The same code loads the shipped tiny LLaVA and any model that AutoModelForImageTextToText knows.
 """
@@ -6,60 +6,77 @@ The same code loads the shipped tiny LLaVA and any model that AutoModelForImageT
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image as Pillow
 
+from serving.logs import get_logger
+from vision_server import memory
 from vision_server.describers.describer import PicturedTurn
-from vision_server.describers.sampling import Sampler
-from vision_server.describers.scheduler import Order
-from vision_server.errors import PromptTooLong
+from vision_server.describers.prompts import Prompt, PromptMaker
 from vision_server.images import Image
-from vision_server.requests import GenerateOptions, Role
+from vision_server.requests import Role
 from vision_server.results import Card, Task
 from vision_server.weights import short_hash
 
+if TYPE_CHECKING:
+    from vision_server.describers.rows import Rows
+
 UNKNOWN_CONTEXT_TOKENS = 1 << 30
+_EXAMPLE_TOKENS = 3
+# Of scores computed by other kernels, in 16 bits: measured 0.999 and more; a wrong mask or place gives less than 0.9.
+_LEAST_ALIKE = 0.98
+
+_log = get_logger("describers")
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """What the model reads: its tensors by name, and their count of tokens."""
+class Limits:
+    """What the operator allows a model."""
 
-    inputs: dict[str, Any]
-    prompt_tokens: int
-    image_tokens: int
+    max_rows: int = 8
+    max_cache_bytes: int = 0
+    """Of keys and values; 0: half of the device's free memory, at most what `max_rows` whole contexts take."""
+    max_feature_bytes: int = 256 << 20
+    """Of pictures' features that are kept."""
+    prefill_tokens: int = 0
+    """Of prompts, read between two steps of the running rows. 0: 512 on a GPU, 128 on the CPU."""
 
 
 class LanguageModel:
-    """One loaded model. prepare() may run in any thread, Steps of it in one thread at a time."""
+    """One loaded model. prepare() and decode() may run in any thread, all else in one at a time."""
 
-    def __init__(self, name: str, model: Any, processor: Any, card: Card) -> None:
+    def __init__(self, name: str, model: Any, processor: Any, card: Card, limits: Limits | None = None) -> None:
+        limits = limits or Limits()
         self.name = name
         self.card = card
         self._model = model
-        self._processor = processor
-        config = model.config
-        text_config = config.get_text_config()
+        text_config = model.config.get_text_config()
         self.context_tokens = int(getattr(text_config, "max_position_embeddings", None) or UNKNOWN_CONTEXT_TOKENS)
-        image_token = getattr(config, "image_token_id", None)
-        self._image_token_id = getattr(config, "image_token_index", None) if image_token is None else image_token
-        tokenizer = processor.tokenizer
-        # The Rust tokenizer refuses to be set up by one thread while another reads it ("Already borrowed"): prepare() has a
-        # lock, decode() a tokenizer of its own.
-        self._preparing = threading.Lock()
-        self._decoder = copy.deepcopy(tokenizer)
-        markers = {*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())}
-        # Longest first, so that a marker inside another is not cut before it.
-        self._markers = tuple(sorted((marker for marker in markers if len(marker) > 1), key=len, reverse=True))
+        self._prompts = PromptMaker(processor, model, self.context_tokens)
+        # A tokenizer is not to be read by one thread while another does.
+        self._decoder = copy.deepcopy(processor.tokenizer)
+        self._limits = limits
+        self._processors, self._end_ids = _generation_rules(model, self._prompts)
+        self.prefill_tokens = limits.prefill_tokens or (512 if model.device.type == "cuda" else 128)
+        self.token_bytes = token_bytes(text_config, model.dtype.itemsize)
+        self.max_cache_bytes = limits.max_cache_bytes
+        self._rows: Rows | None = None
 
     @classmethod
-    def load(cls, name: str, source: str, *, device: str, quantization: str, offline: bool) -> LanguageModel:
+    def load(
+        cls,
+        name: str,
+        source: str,
+        *,
+        device: str,
+        quantization: str,
+        offline: bool,
+        limits: Limits | None = None,
+    ) -> LanguageModel:
         """Reads the weights; takes seconds to minutes. `source`: a folder or a Hugging Face id."""
         import torch
 
@@ -98,136 +115,156 @@ class LanguageModel:
             input_size_px=side_px if isinstance(side_px, int) else 0,
             memory_bytes=int(model.get_memory_footprint()),
         )
-        return cls(name, model, processor, card)
+        return cls(name, model, processor, card, limits)
 
     def prepare(self, turns: Sequence[PicturedTurn]) -> Prompt:
         """The conversation as tensors on the CPU; raises PromptTooLong when it fills the context."""
-        messages = [
-            {"role": turn.role.value, "content": [self._content(part) for part in turn.parts]} for turn in turns
-        ]
-        with self._preparing:
-            inputs = self._processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-        ids = inputs["input_ids"]
-        prompt_tokens = int(ids.shape[1])
-        if prompt_tokens >= self.context_tokens:
-            raise PromptTooLong(prompt_tokens, self.context_tokens)
-        image_tokens = 0 if self._image_token_id is None else int((ids == self._image_token_id).sum())
-        return Prompt(dict(inputs), prompt_tokens, image_tokens)
+        return self._prompts.make(turns)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The tokens' text without the model's markers."""
         return str(self._decoder.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def order(self, prompt: Prompt, options: GenerateOptions) -> Order:
-        """What Generations is given."""
-        return Order(
-            begin=lambda: self.begin(prompt, options),
-            decode=self.decode,
-            options=options,
-            prompt_tokens=prompt.prompt_tokens,
-            image_tokens=prompt.image_tokens,
-            context_tokens=self.context_tokens,
-        )
-
-    def warm_up(self) -> None:
-        """Answers an example. Raises when it cannot."""
-        grey = Image(np.full((64, 64, 3), 127, np.uint8), 64, 64)
-        steps = self.begin(self.prepare([PicturedTurn(Role.USER, (grey, "?"))]), GenerateOptions(max_new_tokens=2))
-        for _ in range(2):
-            steps.step()
-
-    def begin(self, prompt: Prompt, options: GenerateOptions) -> Steps:
-        """Reads the prompt's set-up; the first step() computes it."""
-        return Steps(self._model, prompt, options)
-
-    def _content(self, part: str | Image) -> dict[str, Any]:
-        if isinstance(part, Image):
-            return {"type": "image", "image": Pillow.fromarray(np.ascontiguousarray(part.rgb))}
-        for marker in self._markers:
-            # A caller's words must stay words: `<image>` in them would promise a picture that was not sent.
-            part = part.replace(marker, f"{marker[0]} {marker[1:]}")
-        return {"type": "text", "text": part}
-
-
-class Steps:
-    """One running generation: its own cache, its own random numbers; each step() is one token."""
-
-    def __init__(self, model: Any, prompt: Prompt, options: GenerateOptions) -> None:
-        self._model = model
-        self._sampler = Sampler(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-        # Models with three-dimensional positions (Qwen-VL) keep an offset on the model itself; with generations in turn, each
-        # must find its own.
-        inner = getattr(model, "model", None)
-        self._offset_holder = inner if hasattr(inner, "rope_deltas") else None
-        self._offset: Any = None
-        self._first = True
-        inputs = {
-            name: value.to(model.device, dtype=model.dtype if value.is_floating_point() else None)
-            for name, value in prompt.inputs.items()
-        }
-        prepared: dict[str, Any] = {}
-
-        def capture(model: Any, input_ids: Any, logits_processor: Any, generation_config: Any, **rest: Any) -> Any:
-            prepared.update(ids=input_ids, processor=logits_processor, config=generation_config, rest=rest)
-            return input_ids
-
-        # generate() prepares all that this architecture needs (cache, positions, penalties), then hands over to `capture`
-        # instead of a loop of its own.
-        self._swap_in()
-        model.generate(
-            **inputs,
-            max_new_tokens=options.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            custom_generate=capture,
-        )
-        self._swap_out()
-        self._ids = prepared["ids"]
-        self._processor = prepared["processor"]
-        # generate() passes these to its own loops; the model's forward does not know them.
-        self._kwargs = {
-            key: value
-            for key, value in prepared["rest"].items()
-            if key not in ("stopping_criteria", "synced_gpus", "streamer", "assistant_model", "tokenizer")
-        }
-        end = prepared["config"].eos_token_id
-        self._end_ids = frozenset(end if isinstance(end, list | tuple) else [end]) if end is not None else frozenset()
-
     def is_end(self, token_id: int) -> bool:
-        """Whether the model ended its answer with this token."""
+        """Whether the model ends its answer with this token."""
         return token_id in self._end_ids
 
-    def step(self) -> int:
-        """Computes the next token; the first call reads the whole prompt."""
+    @property
+    def rows(self) -> Rows:
+        """What steps; there after warm_up()."""
+        assert self._rows is not None, "warm_up() comes first"
+        return self._rows
+
+    def warm_up(self) -> None:
+        """Answers an example, and chooses by it how generations step. Raises when it cannot."""
+        self.max_cache_bytes = self._limits.max_cache_bytes or _spare_bytes(
+            self._model.device, self._limits.max_rows * self.context_tokens * self.token_bytes
+        )
+        self._rows = self._open_rows()
+
+    def process(self, token_ids: Sequence[int], scores: Any) -> Any:
+        """One row's scores as the model's own generation config wants them changed (a repetition penalty)."""
+        if not self._processors:
+            return scores
         import torch
 
-        model = self._model
-        self._swap_in()
         with torch.inference_mode():
-            if self._first:
-                inputs = model.prepare_inputs_for_generation(self._ids, is_first_iteration=True, **self._kwargs)
-            else:
-                inputs = model.prepare_inputs_for_generation(self._ids, next_sequence_length=1, **self._kwargs)
-            # Only the last position's scores are wanted; a prompt of pictures would give hundreds of rows of them.
-            outputs = model(**{**inputs, "logits_to_keep": 1}, return_dict=True)
-            self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
-            scores = self._processor(self._ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
-            token_id = self._sampler.choose(scores[0])
-            self._ids = torch.cat([self._ids, self._ids.new_tensor([[token_id]])], dim=1)
-        self._swap_out()
-        self._first = False
-        return token_id
+            ids = torch.tensor([list(token_ids)], device=scores.device)
+            return self._processors(ids, scores[None].clone())[0]
 
-    def _swap_in(self) -> None:
-        if self._offset_holder is not None:
-            self._offset_holder.rope_deltas = self._offset
+    @property
+    def needs_history(self) -> bool:
+        """Whether process() looks at the tokens."""
+        return bool(self._processors)
 
-    def _swap_out(self) -> None:
-        if self._offset_holder is not None:
-            self._offset = self._offset_holder.rope_deltas
+    def _open_rows(self) -> Rows:
+        """Rows that step together where they answer an example as generate() does, else rows that step in turn."""
+        from vision_server.describers.alone import SeparateRows
+        from vision_server.describers.features import FeatureCache
+        from vision_server.describers.reading import NotJoinable, Reader
+        from vision_server.describers.rows import JoinedRows
+
+        bounds = {"max_cache_bytes": self.max_cache_bytes, "token_bytes": self.token_bytes}
+        prompt = self.prepare([PicturedTurn(Role.USER, (_grey(), "?"))])
+        example = _Example.of(self._model, prompt)
+        features = FeatureCache(self.name, self._limits.max_feature_bytes)
+        reader = Reader(self._model, features, chunk_tokens=self.prefill_tokens)
+        joined = JoinedRows(self._model, reader, **bounds)
+        try:
+            if (window := _window(self._model.config.get_text_config())) and window < self.context_tokens:
+                raise NotJoinable(f"its layers look back {window} tokens only")
+            example.check(joined, prompt)
+        except NotJoinable as why:
+            _log.warning("generations of this model step one after the other", model=self.name, why=str(why))
+            return SeparateRows(self._model, **bounds)
+        return joined
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """What generate() answers to a prompt: its tokens, and the scores before each."""
+
+    tokens: tuple[int, ...]
+    scores: Any
+
+    @classmethod
+    def of(cls, model: Any, prompt: Prompt) -> _Example:
+        import torch
+
+        inputs = {name: value.to(model.device) for name, value in prompt.inputs.items()}
+        answer = model.generate(
+            **inputs,
+            min_new_tokens=_EXAMPLE_TOKENS,
+            max_new_tokens=_EXAMPLE_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        ids = answer.sequences[0, -_EXAMPLE_TOKENS - 1 : -1]  # the prompt's last token leads to the first scores
+        return cls(tuple(map(int, ids)), torch.cat(answer.logits).float())
+
+    def check(self, rows: Rows, prompt: Prompt) -> None:
+        """Raises NotJoinable unless the rows give about the same scores: other kernels round differently, no more."""
+        import torch
+
+        from vision_server.describers.reading import NotJoinable
+
+        reading = rows.read(prompt)
+        while not reading.done:
+            reading.advance()
+        rows.join(prompt, reading, prompt.prompt_tokens + _EXAMPLE_TOKENS)
+        try:
+            for token, expected in zip(self.tokens, self.scores, strict=True):
+                alike = float(torch.nn.functional.cosine_similarity(rows.step([token])[0], expected, dim=0))
+                if not alike > _LEAST_ALIKE:
+                    raise NotJoinable(f"its scores are not those of generate() (cosine {alike:.3f})")
+        finally:
+            rows.leave(0)
+
+
+def token_bytes(text_config: Any, value_bytes: int) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    heads = text_config.num_attention_heads
+    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    kept_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    return int(2 * text_config.num_hidden_layers * kept_heads * width * value_bytes)
+
+
+def _window(text_config: Any) -> int:
+    """How far the layers that look back the least do, in tokens; 0: all see everything."""
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds is not None and all(kind == "full_attention" for kind in kinds):
+        return 0
+    return int(getattr(text_config, "sliding_window", None) or (1 if kinds is not None else 0))
+
+
+def _spare_bytes(device: Any, at_most: int) -> int:
+    """Half of what is free on the device now."""
+    if device.type == "cuda":
+        import torch
+
+        return min(at_most, torch.cuda.mem_get_info(device)[0] // 2)
+    return min(at_most, memory.free_bytes() // 2)
+
+
+def _generation_rules(model: Any, prompts: PromptMaker) -> tuple[Any, frozenset[int]]:
+    """What generate() would do to scores, and the tokens that end an answer: it prepares both, and hands them over."""
+    prepared: dict[str, Any] = {}
+
+    def capture(model: Any, input_ids: Any, logits_processor: Any, generation_config: Any, **_: Any) -> Any:
+        prepared.update(processors=logits_processor, end=generation_config.eos_token_id)
+        return input_ids
+
+    inputs = prompts.make([PicturedTurn(Role.USER, ("?",))]).inputs
+    on_device = {name: value.to(model.device) for name, value in inputs.items()}
+    model.generate(**on_device, max_new_tokens=1, do_sample=False, num_beams=1, custom_generate=capture)
+    end = prepared["end"]
+    ends = end if isinstance(end, list | tuple) else [end]
+    return prepared["processors"], frozenset(int(token) for token in ends if token is not None)
+
+
+def _grey() -> Image:
+    return Image(np.full((64, 64, 3), 127, np.uint8), 64, 64)
 
 
 def _quantization(kind: str, dtype: Any) -> Any:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from vision_server.describers.describer import Describer, PicturedTurn
-from vision_server.describers.language_model import LanguageModel, Prompt
+from vision_server.describers.language_model import LanguageModel
+from vision_server.describers.prompts import Prompt
 from vision_server.describers.scheduler import Generations
 from vision_server.images import Image
-from vision_server.requests import GenerateOptions, Priority
+from vision_server.requests import GenerateOptions, Priority, Role
 from vision_server.results import GenerateSummary
 
 
@@ -34,10 +36,12 @@ class LocalDescriber(Describer[Prompt]):
 
     def check_room(self, priority: Priority) -> None:
         """See Describer."""
-        self._generations.check_room()
+        self._generations.check_room(priority)
 
     async def look(self, image: Image) -> None:
         """See Describer."""
+        with suppress(Exception):  # who asks about it will be told
+            self._generations.look(await self.prepare([PicturedTurn(Role.USER, (image, "?"))]))
 
     async def prepare(self, turns: Sequence[PicturedTurn]) -> Prompt:
         """See Describer."""
@@ -53,8 +57,7 @@ class LocalDescriber(Describer[Prompt]):
         since_s: float | None = None,
     ) -> AsyncGenerator[str | GenerateSummary, None]:
         """See Describer."""
-        order = self._model.order(prompt, options)
-        return self._generations.stream(order, deadline_s=deadline_s, since_s=since_s)
+        return self._generations.stream(prompt, options, priority=priority, deadline_s=deadline_s, since_s=since_s)
 
     @property
     def queued(self) -> int:

@@ -1,90 +1,125 @@
-"""Runs the generations of one describer side by side, a token of each in turn.
+"""Steps the generations of one model together: rows join and leave between two steps, each with options of its own.
 
-    stream ──► waiting ──► running: token, token, … ──► the caller's queue ──► pieces of text, the summary
-                  │ left, expired: dropped before the next token
+    stream() ──► line, by priority ──► being read, a piece a step ──► row: token, token, … ──► pieces of text, the summary
+                    │ left, expired: gone at once                       │ left, expired, done: its place is free at the next step
 
-Knows tokens and text, nothing of models: what it steps is anything with the shape of Stepper.
+Knows tokens and text, nothing of models: what it steps is anything with the shape of Model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from serving.logs import get_logger
+from vision_server import metrics
+from vision_server.admission import SHARES
+from vision_server.describers.sampling import Sampler, choose
 from vision_server.describers.text_stream import TextStream
-from vision_server.errors import DeadlinePassed, Draining, Fault, QueueFull
-from vision_server.metrics import FIRST_TOKEN_SECONDS, GENERATED_TOKENS, GENERATIONS, RUNNING_GENERATIONS
-from vision_server.requests import GenerateOptions
+from vision_server.errors import AnswerTooLong, DeadlinePassed, Draining, Fault, MemoryRanOut, QueueFull
+from vision_server.line import Line
+from vision_server.requests import GenerateOptions, Priority
 from vision_server.results import FinishReason, GenerateSummary, GenerateTimings, Usage
+
+if TYPE_CHECKING:
+    from vision_server.describers.prompts import Prompt
+    from vision_server.describers.reading import Reading
+    from vision_server.describers.rows import Rows
 
 SMOOTHING = 0.2
 FIRST_GUESS_S = 1.0
+_MAX_LOOKS = 16
 
 _log = get_logger("generations")
 
+Event = str | GenerateSummary | Exception
 
-class Stepper(Protocol):
-    """One generation of a model."""
 
-    def step(self) -> int:
-        """The next token's id."""
+class Model(Protocol):
+    """What LanguageModel is to the scheduler."""
+
+    name: str
+    context_tokens: int
+    prefill_tokens: int
+    max_cache_bytes: int
+    token_bytes: int
+
+    @property
+    def rows(self) -> Rows:
+        """What computes."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether process() looks at the tokens before."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The tokens' text."""
 
     def is_end(self, token_id: int) -> bool:
         """Whether the model ended its answer with it."""
 
+    def process(self, token_ids: Sequence[int], scores: Any) -> Any:
+        """A row's scores as the model wants them changed."""
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be generated: `begin` makes the stepper, in the describer's thread."""
 
-    begin: Callable[[], Stepper]
-    decode: Callable[[Sequence[int]], str]
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A generation, from the line to its end."""
+
+    prompt: Prompt
     options: GenerateOptions
-    prompt_tokens: int
-    image_tokens: int
-    context_tokens: int
-
-
-@dataclass(slots=True)
-class _Running:
-    order: Order
+    end: int
+    """Tokens of prompt and answer when it has to stop."""
+    priority: Priority
     since_s: float
     deadline_s: float | None
-    events: asyncio.Queue[str | GenerateSummary | Exception]
+    events: asyncio.Queue[Event]
     text: TextStream
+    sampler: Sampler
     started_s: float = 0.0
     first_token_s: float = 0.0
-    stepper: Stepper | None = None
+    number: int = 0
+    """The greater, the later it joined."""
+    history: list[int] = field(default_factory=list)
+    """The last token alone, or all, where the model looks at them."""
     tokens: int = 0
-    # Set by the caller's thread, read before each token by the describer's.
+    # Set by the caller's thread, read before each step by the model's.
     left: threading.Event = field(default_factory=threading.Event)
 
 
 class Generations:
-    """One thread that steps, and the bounded queue before it. stream() belongs to one event loop."""
+    """One thread that steps, and the bounded line before it. stream() and look() belong to one event loop."""
 
     def __init__(
         self,
-        name: str,
+        model: Model,
         *,
         max_running: int,
         max_queued: int,
+        ageing_ms: float = 500.0,
         begin_thread: Callable[[], None] = lambda: None,
         on_failure: Callable[[Exception], object] = lambda _: None,
     ) -> None:
-        self._name = name
+        self._model = model
+        self._name = model.name
         self._max_running = max_running
         self._max_queued = max_queued
         self._begin_thread = begin_thread
         self._on_failure = on_failure
-        self._waiting: deque[_Running] = deque()
-        self._running: list[_Running] = []
+        self._line: Line[_Row] = Line(ageing_ms / 1000)
+        self._looks: deque[Prompt] = deque(maxlen=_MAX_LOOKS)
+        self._looking: Reading | None = None
+        self._reading: tuple[_Row, Reading] | None = None
+        self._rows: list[_Row] = []
+        self._joined = 0
+        self._outbox: list[tuple[_Row, Event]] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -92,6 +127,14 @@ class Generations:
         self._whole_s = FIRST_GUESS_S
         self._busy_s = 0.0
         self._busy_since_s: float | None = None
+        self._count_tokens = metrics.GENERATED_TOKENS.labels(self._name)
+        self._count_pieces = metrics.GENERATED_PIECES.labels(self._name)
+        self._first_token_s = metrics.FIRST_TOKEN_SECONDS.labels(self._name)
+        self._step_s = metrics.STEP_SECONDS.labels(self._name)
+        self._step_rows = metrics.STEP_ROWS.labels(self._name)
+        self._running_rows = metrics.RUNNING_GENERATIONS.labels(self._name)
+
+    # ---- for the callers, on their loop
 
     def start(self) -> None:
         """Starts the thread."""
@@ -110,153 +153,329 @@ class Generations:
     @property
     def queued(self) -> int:
         """Generations that wait."""
-        return len(self._waiting)
+        return len(self._line)
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds in which tokens were computed, since the start."""
+        """Seconds in which the model computed, since the start."""
         since_s = self._busy_since_s
         return self._busy_s + (0.0 if since_s is None else time.perf_counter() - since_s)
 
-    def check_room(self) -> None:
-        """Raises QueueFull when nothing more may wait; asked before the pictures are decoded, and again in stream()."""
-        if len(self._waiting) >= self._max_queued:
+    def check_room(self, priority: Priority = Priority.STANDARD) -> None:
+        """Raises QueueFull when no more of this priority may wait; asked before pictures are decoded, and in stream()."""
+        limit = math.ceil(self._max_queued * SHARES[priority])
+        waiting = len(self._line)
+        if waiting >= limit:
             raise QueueFull(
                 what="generations",
-                waiting=len(self._waiting),
-                limit=self._max_queued,
-                retry_after_s=self._whole_s * (1 + len(self._waiting) / self._max_running),
+                waiting=waiting,
+                limit=limit,
+                retry_after_s=self._whole_s * (1 + waiting / self._max_running),
             )
 
+    def look(self, prompt: Prompt) -> None:
+        """Has a prompt's pictures read when there is time, so that they are at hand; a hint: the oldest of many is dropped."""
+        with self._changed:
+            self._looks.append(prompt)
+            self._changed.notify()
+
     async def stream(
-        self, order: Order, *, deadline_s: float | None = None, since_s: float | None = None
+        self,
+        prompt: Prompt,
+        options: GenerateOptions,
+        *,
+        priority: Priority = Priority.STANDARD,
+        deadline_s: float | None = None,
+        since_s: float | None = None,
     ) -> AsyncGenerator[str | GenerateSummary, None]:
         """Pieces of text as they come, at last the summary. Times are `time.perf_counter()`'s.
 
-        Closing the iterator (or cancelling the caller) stops the generation before its next token. Raises QueueFull,
-        DeadlinePassed, Draining, Fault.
+        Closing the iterator (or cancelling the caller) ends the generation before its next token. Raises QueueFull,
+        AnswerTooLong, MemoryRanOut, DeadlinePassed, Draining, Fault.
         """
-        self.check_room()
+        self.check_room(priority)
         if self._loop is None or self._stopping:
             raise Draining()
-        running = _Running(
-            order,
-            time.perf_counter() if since_s is None else since_s,
-            deadline_s,
-            asyncio.Queue(),
-            TextStream(order.decode, order.options.stop),
-        )
+        row = self._row(prompt, options, priority, deadline_s, since_s)
         with self._changed:
-            self._waiting.append(running)
-            self._changed.notify_all()
+            self._line.add(row, priority, time.perf_counter())
+            self._changed.notify()
         try:
             while True:
-                event = await running.events.get()
+                event = await self._next_event(row)
                 if isinstance(event, Exception):
                     raise event
                 yield event
                 if isinstance(event, GenerateSummary):
                     return
         finally:
-            running.left.set()
+            row.left.set()
             with self._changed:
-                if running in self._waiting:
-                    self._waiting.remove(running)
+                if not row.started_s:
+                    self._line.remove(row)
+                    self._count_end(row, "cancelled")
+                self._changed.notify()
+
+    def _row(
+        self,
+        prompt: Prompt,
+        options: GenerateOptions,
+        priority: Priority,
+        deadline_s: float | None,
+        since_s: float | None,
+    ) -> _Row:
+        model = self._model
+        end = min(prompt.prompt_tokens + options.max_new_tokens, model.context_tokens)
+        if not model.rows.fits([end]):
+            raise AnswerTooLong(
+                prompt.prompt_tokens, options.max_new_tokens, model.max_cache_bytes // max(1, model.token_bytes)
+            )
+        ids = prompt.inputs["input_ids"][0].tolist()
+        return _Row(
+            prompt=prompt,
+            options=options,
+            end=end,
+            priority=priority,
+            since_s=time.perf_counter() if since_s is None else since_s,
+            deadline_s=deadline_s,
+            events=asyncio.Queue(),
+            text=TextStream(model.decode, options.stop),
+            sampler=Sampler(temperature=options.temperature, top_p=options.top_p, seed=options.seed),
+            history=ids if model.needs_history else ids[-1:],
+        )
+
+    @staticmethod
+    async def _next_event(row: _Row) -> Event:
+        """What the model's thread tells, or that the deadline has passed: it is kept also while the thread is busy."""
+        if row.deadline_s is None:
+            return await row.events.get()
+        try:
+            async with asyncio.timeout(max(0.0, row.deadline_s - time.perf_counter())):
+                return await row.events.get()
+        except TimeoutError:
+            return DeadlinePassed((time.perf_counter() - row.since_s) * 1000)
+
+    # ---- the model's thread
 
     def _run(self) -> None:
         self._begin_thread()
-        while self._admit():
+        while self._wait():
             self._busy_since_s = began_s = time.perf_counter()
-            for running in tuple(self._running):
-                self._advance(running)
+            try:
+                self._let_go()
+                self._read()
+                if self._rows:
+                    self._step()
+            except Exception as error:  # of our own, or the device's: nobody may wait for ever because of it
+                for row in tuple(self._rows):
+                    self._leave(row)
+                    self._fail(row, error)
             self._busy_since_s = None
             self._busy_s += time.perf_counter() - began_s
-        for running in (*self._running, *self._waiting):
-            self._tell(running, Draining())
-        self._running.clear()
-        self._waiting.clear()
-
-    def _admit(self) -> bool:
-        """Waits for work, lets waiting generations in; False: it is time to stop."""
+            self._deliver()
         with self._changed:
-            while not (self._stopping or self._running or self._waiting):
+            rest = [*self._rows, *self._line, *([self._reading[0]] if self._reading else [])]
+        for row in rest:
+            self._tell(row, Draining())
+        self._deliver()
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False: it is time to stop."""
+        with self._changed:
+            while not (
+                self._stopping or self._rows or self._reading or self._looking or self._looks or len(self._line)
+            ):
                 self._changed.wait()
-            while self._waiting and len(self._running) < self._max_running:
-                running = self._waiting.popleft()
-                running.started_s = time.perf_counter()
-                self._running.append(running)
-        RUNNING_GENERATIONS.labels(self._name).set(len(self._running))
-        return not self._stopping
+            return not self._stopping
 
-    def _advance(self, running: _Running) -> None:
-        """One token of one generation, unless its caller has left."""
-        if running.left.is_set():
-            self._end(running, "cancelled")
-            return
-        if running.deadline_s is not None and time.perf_counter() >= running.deadline_s:
-            self._tell(running, DeadlinePassed((time.perf_counter() - running.since_s) * 1000))
-            self._end(running, "error")
-            return
-        try:
-            if running.stepper is None:
-                running.stepper = running.order.begin()
-            token_id = running.stepper.step()
-            running.tokens += 1
-            GENERATED_TOKENS.labels(self._name).inc()
-            if running.tokens == 1:
-                running.first_token_s = time.perf_counter()
-                FIRST_TOKEN_SECONDS.labels(self._name).observe(running.first_token_s - running.since_s)
-            self._take(running, token_id, running.stepper.is_end(token_id))
-        except Exception as error:
-            _log.error("a generation failed", model=self._name, exc_info=error)
-            self._on_failure(error)
-            self._tell(running, Fault(f"The model {self._name!r}"))
-            self._end(running, "error")
+    def _let_go(self) -> None:
+        """Frees the places of those who have left (the caller's own side tells who is late)."""
+        if self._reading is not None and self._reading[0].left.is_set():
+            row, _ = self._reading
+            self._reading = None
+            self._count_end(row, "cancelled")
+        for row in tuple(self._rows):
+            if row.left.is_set():
+                self._leave(row, "cancelled")
 
-    def _take(self, running: _Running, token_id: int, ended: bool) -> None:
-        order = running.order
-        if not ended:
-            self._tell_text(running, running.text.put(token_id))
-            used = order.prompt_tokens + running.tokens
-            if not running.text.stopped:
-                if running.tokens < order.options.max_new_tokens and used < order.context_tokens:
+    def _read(self) -> None:
+        """Prompts, then pictures looked at ahead, up to `prefill_tokens`: running rows wait no longer than that takes."""
+        left_tokens = self._model.prefill_tokens
+        while left_tokens > 0:
+            if self._reading is None and not self._begin_reading():
+                break
+            assert self._reading is not None
+            row, reading = self._reading
+            if row.left.is_set():
+                return  # _let_go() takes it
+            try:
+                left_tokens -= max(1, reading.advance())
+                if reading.done:
+                    self._model.rows.join(row.prompt, reading, row.end)
+            except Exception as error:
+                self._reading = None
+                self._fail(row, error)
+                continue
+            if reading.done:
+                self._reading = None
+                self._joined += 1
+                row.number = self._joined
+                self._rows.append(row)
+        while left_tokens > 0 and (looking := self._next_look()) is not None:
+            try:
+                left_tokens -= max(1, looking.advance())
+            except Exception as error:  # a hint: who asks with this picture will be told
+                _log.warning("a picture could not be looked at ahead", model=self._name, exc_info=error)
+                self._looking = None
+        self._running_rows.set(len(self._rows))
+
+    def _begin_reading(self) -> bool:
+        """Takes the next one from the line, if there is a place for it and room for its whole answer."""
+        with self._changed:
+            row = self._line.head()
+            if row is None or len(self._rows) >= self._max_running:
+                return False
+            if not self._model.rows.fits([*(other.end for other in self._rows), row.end]):
+                return False  # and nobody passes it by: a long one would wait for ever
+            self._line.remove(row)
+            row.started_s = time.perf_counter()
+        self._reading = (row, self._model.rows.read(row.prompt))
+        return True
+
+    def _next_look(self) -> Reading | None:
+        if self._looking is None or self._looking.done:
+            with self._changed:
+                self._looking = self._model.rows.look(self._looks.popleft()) if self._looks else None
+        return self._looking
+
+    def _step(self) -> None:
+        """One token for each row. When the pass fails, the newest row fails alone and the others step again."""
+        began_s = time.perf_counter()
+        while True:
+            try:
+                scores = self._model.rows.step([row.history[-1] for row in self._rows])
+                break
+            except Exception as error:
+                newest = max(self._rows, key=lambda row: row.number)
+                self._leave(newest)
+                self._fail(newest, error)
+                if not self._rows:
                     return
-                # A stop text may lie in what was held back, so the reason is asked after end().
-                self._tell_text(running, running.text.end())
-                ended = running.text.stopped
+        rows = tuple(self._rows)
+        if self._model.needs_history:
+            for index, row in enumerate(rows):
+                scores[index] = self._model.process(row.history, scores[index])
+        tokens = choose(scores, [row.sampler for row in rows])
+        self._step_s.observe(time.perf_counter() - began_s)
+        self._step_rows.observe(len(rows))
+        for row, token in zip(rows, tokens, strict=True):
+            if isinstance(token, Exception):
+                self._leave(row)
+                self._fail(row, token)
             else:
-                ended = True
-        else:
-            self._tell_text(running, running.text.end())
-        self._finish(running, FinishReason.STOP if ended else FinishReason.LENGTH)
+                self._take(row, token)
 
-    def _finish(self, running: _Running, reason: FinishReason) -> None:
+    def _take(self, row: _Row, token: int) -> None:
+        """A row's next token: on to its text, or its end."""
+        row.tokens += 1
+        self._count_tokens.inc()
+        if row.tokens == 1:
+            row.first_token_s = time.perf_counter()
+            self._first_token_s.observe(row.first_token_s - row.since_s)
+        if self._model.needs_history:
+            row.history.append(token)
+        else:
+            row.history[0] = token
+        ended = self._model.is_end(token)
+        if not ended:
+            self._tell_text(row, row.text.put(token))
+            if not row.text.stopped and row.prompt.prompt_tokens + row.tokens < row.end:
+                return
+        if not row.text.stopped:
+            # A stop text may lie in what was held back, so the reason is asked after end().
+            self._tell_text(row, row.text.end())
+        self._finish(row, FinishReason.STOP if ended or row.text.stopped else FinishReason.LENGTH)
+
+    def _finish(self, row: _Row, reason: FinishReason) -> None:
         now_s = time.perf_counter()
-        self._whole_s += SMOOTHING * (now_s - running.started_s - self._whole_s)
+        self._whole_s += SMOOTHING * (now_s - row.started_s - self._whole_s)
         summary = GenerateSummary(
-            text=running.text.text,
+            text=row.text.text,
             finish_reason=reason,
-            usage=Usage(running.order.prompt_tokens, running.order.image_tokens, running.tokens),
+            usage=Usage(row.prompt.prompt_tokens, row.prompt.image_tokens, row.tokens),
             timings=GenerateTimings(
-                queue_ms=(running.started_s - running.since_s) * 1000,
-                time_to_first_token_ms=(running.first_token_s - running.since_s) * 1000,
-                total_ms=(now_s - running.since_s) * 1000,
+                queue_ms=(row.started_s - row.since_s) * 1000,
+                time_to_first_token_ms=(row.first_token_s - row.since_s) * 1000,
+                total_ms=(now_s - row.since_s) * 1000,
             ),
             model=self._name,
         )
-        self._tell(running, summary)
-        self._end(running, reason.value.lower())
+        self._tell(row, summary)
+        self._leave(row, reason.value.lower())
 
-    def _end(self, running: _Running, how: str) -> None:
-        self._running.remove(running)
-        running.stepper = None  # frees its cache
-        GENERATIONS.labels(self._name, how).inc()
+    def _fail(self, row: _Row, error: Exception) -> None:
+        """Tells a caller what became of its generation. Memory that ran out says nothing about the device's health."""
+        if is_out_of_memory(error):
+            _log.warning("memory ran out for a generation", model=self._name, rows=len(self._rows))
+            self._tell(row, MemoryRanOut(self._name, self._whole_s))
+            _free_device_cache()
+        else:
+            _log.error("a generation failed", model=self._name, exc_info=error)
+            self._on_failure(error)
+            self._tell(row, Fault(f"The model {self._name!r}"))
+        self._count_end(row, "error")
+        error.__traceback__ = None  # it holds tensors
 
-    def _tell_text(self, running: _Running, piece: str) -> None:
+    def _leave(self, row: _Row, how: str = "") -> None:
+        """Frees a row's place; the last row takes it, here as in the model's rows."""
+        index = self._rows.index(row)
+        try:
+            self._model.rows.leave(index)
+        except Exception as error:  # a lost device
+            self._on_failure(error)
+        self._rows[index] = self._rows[-1]
+        self._rows.pop()
+        self._running_rows.set(len(self._rows))
+        if how:
+            self._count_end(row, how)
+
+    def _count_end(self, row: _Row, how: str) -> None:
+        metrics.GENERATIONS.labels(self._name, how).inc()
+
+    def _tell_text(self, row: _Row, piece: str) -> None:
         if piece:
-            self._tell(running, piece)
+            self._count_pieces.inc()
+            self._tell(row, piece)
 
-    def _tell(self, running: _Running, event: str | GenerateSummary | Exception) -> None:
+    def _tell(self, row: _Row, event: Event) -> None:
+        self._outbox.append((row, event))
+
+    def _deliver(self) -> None:
+        """Hands over what a step gave, all at once: each call wakes the loop."""
+        if not self._outbox:
+            return
+        outbox, self._outbox = self._outbox, []
         assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(running.events.put_nowait, event)
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(_put, outbox)
+
+
+def _put(outbox: Sequence[tuple[_Row, Event]]) -> None:
+    for row, event in outbox:
+        row.events.put_nowait(event)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it; torch's CPU allocator only words ("DefaultCPUAllocator: can't allocate memory")."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
+def _free_device_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -55,11 +55,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 14
     """INTERNAL: a fault of the server; its log has the traceback under the request id."""
     ERROR_REASON_PROMPT_TOO_LONG: _ErrorReason.ValueType  # 15
-    """INVALID_ARGUMENT: the prompt does not fit into the model's context."""
+    """INVALID_ARGUMENT: the prompt does not fit into the model's context, or not with its answer into the memory for it."""
     ERROR_REASON_MESSAGE_UNREADABLE: _ErrorReason.ValueType  # 16
     """INVALID_ARGUMENT or RESOURCE_EXHAUSTED: the message as a whole cannot be read (JSON) or is too large."""
     ERROR_REASON_MEMORY_EXCEEDED: _ErrorReason.ValueType  # 17
-    """FAILED_PRECONDITION: the model does not fit into the memory that models may take; metadata has the numbers."""
+    """FAILED_PRECONDITION: the model does not fit into the memory that models may take; metadata has the numbers.
+    RESOURCE_EXHAUSTED: the device's memory ran out for this generation.
+    """
     ERROR_REASON_MODEL_UNLOADED: _ErrorReason.ValueType  # 18
     """FAILED_PRECONDITION: the model is not in memory; LoadModel loads it."""
     ERROR_REASON_MODEL_CONTROL_OFF: _ErrorReason.ValueType  # 19
@@ -101,11 +103,13 @@ ERROR_REASON_WRONG_ORDER: ErrorReason.ValueType  # 13
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 14
 """INTERNAL: a fault of the server; its log has the traceback under the request id."""
 ERROR_REASON_PROMPT_TOO_LONG: ErrorReason.ValueType  # 15
-"""INVALID_ARGUMENT: the prompt does not fit into the model's context."""
+"""INVALID_ARGUMENT: the prompt does not fit into the model's context, or not with its answer into the memory for it."""
 ERROR_REASON_MESSAGE_UNREADABLE: ErrorReason.ValueType  # 16
 """INVALID_ARGUMENT or RESOURCE_EXHAUSTED: the message as a whole cannot be read (JSON) or is too large."""
 ERROR_REASON_MEMORY_EXCEEDED: ErrorReason.ValueType  # 17
-"""FAILED_PRECONDITION: the model does not fit into the memory that models may take; metadata has the numbers."""
+"""FAILED_PRECONDITION: the model does not fit into the memory that models may take; metadata has the numbers.
+RESOURCE_EXHAUSTED: the device's memory ran out for this generation.
+"""
 ERROR_REASON_MODEL_UNLOADED: ErrorReason.ValueType  # 18
 """FAILED_PRECONDITION: the model is not in memory; LoadModel loads it."""
 ERROR_REASON_MODEL_CONTROL_OFF: ErrorReason.ValueType  # 19
