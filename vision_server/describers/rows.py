@@ -57,7 +57,7 @@ class JoinedRows(Rows):
         self._model = model
         self._reader = reader
         self._max_tokens = max_cache_bytes // max(1, token_bytes)
-        self._cache = SlotCache(model.device)
+        self._cache = SlotCache(model.device, max_tokens=self._max_tokens)
         self._positions: list[int] = []
         self._is_sdpa = model.config._attn_implementation == "sdpa"
 

@@ -13,17 +13,16 @@ MAX_SEED = 2**63 - 1
 
 
 class Sampler:
-    """Chooses tokens for one generation, with random numbers of its own.
+    """How one generation chooses; temperature 0 takes the likeliest.
 
-    Temperature 0 takes the likeliest. The same seed gives the same choices whatever else runs, because no generator is
-    shared; the choice is made on the CPU in float32, so that it does not depend on the device's generator.
+    Its random numbers are its own and drawn on the CPU: the same seed gives the same numbers on every device, whatever else runs.
     """
 
     def __init__(self, *, temperature: float, top_p: float, seed: int | None) -> None:
         import torch
 
-        self._temperature = temperature
-        self._top_p = top_p
+        self.temperature = temperature
+        self.top_p = top_p
         self._generator: torch.Generator | None = None
         if temperature > 0:
             self._generator = torch.Generator(device="cpu")
@@ -34,44 +33,51 @@ class Sampler:
         """Whether it takes the likeliest."""
         return self._generator is None
 
-    def choose(self, scores: torch.Tensor) -> int:
-        """The next token's id. `scores`: logits of one position, float, as long as the vocabulary."""
+    def draw(self) -> float:
+        """The next random number, 0 up to but not 1."""
         import torch
 
-        if self._generator is None:
-            return int(scores.argmax())
-        scores = scores.detach().float().cpu()
-        # The highest becomes 0, so that a tiny temperature makes the others -inf, and nothing infinite.
-        probabilities = torch.softmax((scores - scores.max()) / self._temperature, dim=-1)
-        ordered, ids = probabilities.sort(descending=True, stable=True)
-        if self._top_p < 1:
-            # The token that crosses the border still belongs to the nucleus, so at least one always does.
-            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self._top_p, 0.0)
-        return int(ids[torch.multinomial(ordered, 1, generator=self._generator)])
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
 
 class NotNumbers(Exception):
     """The model gave scores that are no numbers."""
 
 
-def choose(scores: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
-    """The next token of each row, or what went wrong with it (`scores`: rows × vocabulary, float32).
+def choose(scores: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | NotNumbers]:
+    """The next token of each row, or what is wrong with its scores (rows × vocabulary, float32, on any device).
 
-    The greedy rows' tokens come from the device in one transfer; only a row that samples brings its scores along.
+    All is computed where the scores are; only the tokens come from there.
     """
     import torch
 
     with torch.inference_mode():
-        likeliest, ill = torch.stack([scores.argmax(-1), scores.isnan().any(-1).long()]).tolist()
-        chosen: list[int | Exception] = []
-        for row, sampler in enumerate(samplers):
-            if ill[row]:
-                chosen.append(NotNumbers("the model's scores are no numbers"))
-            elif sampler.is_greedy:
-                chosen.append(likeliest[row])
-            else:
-                try:
-                    chosen.append(sampler.choose(scores[row]))
-                except RuntimeError as error:  # all its scores are infinite
-                    chosen.append(error)
-        return chosen
+        best = scores.max(-1)
+        # Of a row with NaN the highest is NaN too.
+        tokens = torch.where(best.values.isfinite(), best.indices, -1)
+        sampling = [row for row, sampler in enumerate(samplers) if not sampler.is_greedy]
+        if sampling:
+            sampled = _sample(scores[sampling], [samplers[row] for row in sampling])
+            tokens[sampling] = torch.where(tokens[sampling] < 0, -1, sampled)
+        return [token if token >= 0 else NotNumbers("the model's scores are no numbers") for token in tokens.tolist()]
+
+
+def _sample(scores: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
+    """A token of each row, by its temperature and nucleus (top_p): where a random number falls among the summed probabilities."""
+    import torch
+
+    def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=scores.device)[:, None]
+
+    # The highest becomes 0, so that a tiny temperature makes the others -inf, and nothing infinite.
+    scaled = (scores - scores.amax(-1, keepdim=True)) / column([sampler.temperature for sampler in samplers])
+    # Sorted also where the nucleus is everything: what a number leads to must not depend on the other rows' options.
+    ordered, ids = torch.softmax(scaled, dim=-1).sort(dim=-1, descending=True, stable=True)
+    # The token that crosses the border still belongs to the nucleus, so at least one always does.
+    top_p = column([sampler.top_p for sampler in samplers])
+    outside = (ordered.cumsum(-1) - ordered >= top_p) & (top_p < 1)
+    sums = ordered.masked_fill(outside, 0.0).double().cumsum(-1)
+    drawn = column([sampler.draw() for sampler in samplers], torch.float64) * sums[:, -1:]
+    # The first whose sum is greater: one without probability never is.
+    places = torch.searchsorted(sums, drawn, right=True).clamp(max=scores.shape[-1] - 1)
+    return ids.gather(-1, places)[:, 0]

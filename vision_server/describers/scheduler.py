@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from serving.logs import get_logger
 from vision_server import metrics
 from vision_server.admission import SHARES
-from vision_server.describers.sampling import Sampler, choose
+from vision_server.describers.sampling import NotNumbers, Sampler, choose
 from vision_server.describers.text_stream import TextStream
 from vision_server.errors import AnswerTooLong, DeadlinePassed, Draining, Fault, MemoryRanOut, QueueFull
 from vision_server.line import Line
@@ -369,7 +369,7 @@ class Generations:
         self._step_s.observe(time.perf_counter() - began_s)
         self._step_rows.observe(len(rows))
         for row, token in zip(rows, tokens, strict=True):
-            if isinstance(token, Exception):
+            if isinstance(token, NotNumbers):
                 self._leave(row)
                 self._fail(row, token)
             else:

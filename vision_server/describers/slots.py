@@ -87,9 +87,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
 class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """The slots of all layers. Memory for a row's whole answer is taken when it joins: no step can run out of it."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, *, max_tokens: int) -> None:
         super().__init__(layers=[])
         self._device = device
+        self._max_tokens = max_tokens
         self.lengths: list[int] = []
         """Tokens in each row's slot."""
         self._ends: list[int] = []
@@ -138,8 +139,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         tokens = -(-max(ends) // _STEP_TOKENS) * _STEP_TOKENS
         # Twice as many each time, so that a hundred rows are not copied a hundred times; given back when much too large.
         slots = self.slots if len(ends) <= self.slots <= 4 * len(ends) else 1 << (len(ends) - 1).bit_length()
-        if self.tokens >= tokens and self.tokens <= 4 * tokens:
+        if tokens <= self.tokens <= 4 * tokens:
             tokens = self.tokens
+        if slots * tokens > self._max_tokens:  # the caller has asked whether the rows fit as they are
+            slots, tokens = len(ends), max(ends)
         if (slots, tokens) == (self.slots, self.tokens):
             return
         self.slots, self.tokens = slots, tokens

@@ -32,6 +32,7 @@ from vision_server.requests import (
 from vision_server.settings import VisionSettings
 
 _MAX_DETECTIONS = 1000
+_MAX_PARTS = 4096
 _MAX_STOPS = 8
 _MAX_ALIASES = 8
 _ALIAS = re.compile(r"[\w.-]{1,64}")
@@ -182,6 +183,9 @@ def read_messages(messages: Sequence[generation_pb2.Message], settings: VisionSe
     """Raises InvalidField, ImageEmpty."""
     if not messages:
         raise InvalidField("messages", "is empty.", "Send at least one message of ROLE_USER.")
+    count = len(messages) + sum(len(message.parts) for message in messages)
+    if count > _MAX_PARTS:  # before each is looked at: a million empty ones would take seconds
+        raise InvalidField("messages", f"has {count:,} messages and parts.", f"At most {_MAX_PARTS:,}.")
     turns = tuple(_read_turn(message, f"messages[{number}]", number) for number, message in enumerate(messages))
     if turns[-1].role is not Role.USER:
         raise InvalidField(f"messages[{len(turns) - 1}].role", "is not the user's.", "The last message is the user's.")
