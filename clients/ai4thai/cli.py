@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ai4thai import cli_bench, cli_jobs, cli_models, cli_servers, cli_up, cli_vision
+from ai4thai import cli_bench, cli_chat, cli_jobs, cli_models, cli_servers, cli_up, cli_vision
 from ai4thai.cli_output import out, print_error, print_note
 from ai4thai.errors import AI4ThaiError, Unavailable
 
@@ -57,6 +57,7 @@ app.command(rich_help_panel="On this machine")(cli_up.demo)
 app.command(rich_help_panel="Images")(cli_vision.detect)
 app.command(rich_help_panel="Images")(cli_vision.stream)
 app.command(rich_help_panel="Images")(cli_vision.ask)
+app.command(rich_help_panel="Images")(cli_chat.chat)
 app.command(rich_help_panel="Images")(cli_vision.analyze)
 app.add_typer(cli_jobs.submit, name="submit", rich_help_panel="Jobs")
 app.command(rich_help_panel="Jobs")(cli_jobs.jobs)

@@ -28,7 +28,7 @@ _BAR_COLUMNS = 30
 def bench(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGE...]", help="Image files, sent in turn. [default: the samples of this package]"),
+        typer.Argument(metavar="IMAGE...", help="Image files, sent in turn. \\[default: the samples of this package]"),
     ] = None,
     callers: Annotated[int, typer.Option(min=1, help="Callers or streams at once, a connection each.")] = 16,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 10,
@@ -37,7 +37,7 @@ def bench(
         typer.Option(
             min=0.01,
             help="Send so many images a second, answered or not; latencies count from when each was due. "
-            "[default: each caller sends when it has its last answer]",
+            "\\[default: each caller sends when it has its last answer]",
         ),
     ] = None,
     arrivals: Annotated[Arrivals, typer.Option(help="With --rate: in even steps, or at random.")] = Arrivals.EVEN,

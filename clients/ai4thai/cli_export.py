@@ -32,7 +32,7 @@ def export(
     ] = False,
     data_dir: Annotated[
         Path | None,
-        typer.Option(envvar="AI4THAI_DATA_DIR", help="Of the server. [default: the user's data directory]"),
+        typer.Option(envvar="AI4THAI_DATA_DIR", help="Of the server. \\[default: the user's data directory]"),
     ] = None,
 ) -> None:
     """Exports a model for a faster engine; the server on this machine picks it up when it loads the model next.

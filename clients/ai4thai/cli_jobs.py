@@ -30,11 +30,11 @@ from ai4thai.job_results import AnalyzeJobResult, DetectJobResult, Job, JobState
 from ai4thai.options import Message, SubmitOptions
 from ai4thai.queue_client import QueueClient
 
-QueueName = Annotated[str, typer.Option("--in", metavar="NAME", help="The queue's name. [default: default]")]
-PriorityName = Annotated[str, typer.Option("--priority", help="interactive, standard or batch. [default: standard]")]
+QueueName = Annotated[str, typer.Option("--in", metavar="NAME", help="The queue's name. \\[default: default]")]
+PriorityName = Annotated[str, typer.Option("--priority", help="interactive, standard or batch. \\[default: standard]")]
 Labels = Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="May be repeated.")]
 DelayS = Annotated[float, typer.Option("--delay", min=0, metavar="SECONDS", help="Not to be run before.")]
-RequestId = Annotated[str, typer.Option(help="The same name gives the same job. [default: a new one]")]
+RequestId = Annotated[str, typer.Option(help="The same name gives the same job. \\[default: a new one]")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for the end and print the result.")]
 
 submit = typer.Typer(help="Submits a job, and prints its id.", no_args_is_help=True)

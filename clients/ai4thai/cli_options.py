@@ -33,29 +33,29 @@ Images: TypeAlias = Annotated[list[Path], typer.Argument(metavar="IMAGE...", hel
 Question: TypeAlias = Annotated[str, typer.Argument(metavar="QUESTION", help="In any language that the model speaks.")]
 JobId: TypeAlias = Annotated[str, typer.Argument(metavar="JOB_ID", help="As `submit` and `jobs` print it.")]
 
-Detector: TypeAlias = Annotated[str, typer.Option("--model", help="The detector's name. [default: the server's]")]
+Detector: TypeAlias = Annotated[str, typer.Option("--model", help="The detector's name. \\[default: the server's]")]
 MinConfidence: TypeAlias = Annotated[
-    float | None, typer.Option(help="Leave weaker detections out, 0 to 1. [default: 0.25]")
+    float | None, typer.Option(help="Leave weaker detections out, 0 to 1. \\[default: 0.25]")
 ]
 IouThreshold: TypeAlias = Annotated[
-    float | None, typer.Option(help="Of boxes that overlap by more keep the surest, 0 to 1. [default: 0.7]")
+    float | None, typer.Option(help="Of boxes that overlap by more keep the surest, 0 to 1. \\[default: 0.7]")
 ]
-MaxDetections: TypeAlias = Annotated[int | None, typer.Option(help="At most so many an image. [default: 300]")]
+MaxDetections: TypeAlias = Annotated[int | None, typer.Option(help="At most so many an image. \\[default: 300]")]
 OnlyLabels: TypeAlias = Annotated[list[str] | None, typer.Option("--label", help="Only this label; may be repeated.")]
 Masks: TypeAlias = Annotated[bool, typer.Option("--masks", help="Also the objects' masks, of models that segment.")]
 MaskForm: TypeAlias = Annotated[
-    str, typer.Option(metavar="FORM", help="How masks are written: polygon or rle. [default: polygon]")
+    str, typer.Option(metavar="FORM", help="How masks are written: polygon or rle. \\[default: polygon]")
 ]
 Priority: TypeAlias = Annotated[
-    str, typer.Option(metavar="PRIORITY", help="interactive, standard or batch. [default: standard]")
+    str, typer.Option(metavar="PRIORITY", help="interactive, standard or batch. \\[default: standard]")
 ]
 
-Describer: TypeAlias = Annotated[str, typer.Option("--model", help="The describer's name. [default: the server's]")]
-MaxNewTokens: TypeAlias = Annotated[int | None, typer.Option(help="At most so many tokens. [default: 256]")]
+Describer: TypeAlias = Annotated[str, typer.Option("--model", help="The describer's name. \\[default: the server's]")]
+MaxNewTokens: TypeAlias = Annotated[int | None, typer.Option(help="At most so many tokens. \\[default: 256]")]
 Temperature: TypeAlias = Annotated[
-    float | None, typer.Option(help="0 is repeatable, up to 2 more varied. [default: 0]")
+    float | None, typer.Option(help="0 is repeatable, up to 2 more varied. \\[default: 0]")
 ]
 TopP: TypeAlias = Annotated[
-    float | None, typer.Option(help="Only the likeliest tokens up to this probability. [default: 1]")
+    float | None, typer.Option(help="Only the likeliest tokens up to this probability. \\[default: 1]")
 ]
 Seed: TypeAlias = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]

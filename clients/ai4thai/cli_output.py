@@ -33,6 +33,9 @@ STATE_STYLE: Final = {
     JobState.RUNNING: "cyan",
 }
 
+# All of C0 and C1 but tab and line feed.
+_CONTROL_CHARACTERS: Final = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+
 
 def print_error(error: object) -> None:
     """One red line that says what was wrong."""
@@ -42,6 +45,12 @@ def print_error(error: object) -> None:
 def print_note(text: str) -> None:
     """One dim line beside what was asked for."""
     err.print(f"[dim]{escape(text)}[/]", soft_wrap=True)
+
+
+def print_piece(text: str) -> None:
+    """A piece of an answer, at once. A terminal gets no control characters: what a model writes must not move its cursor."""
+    sys.stdout.write(text.translate(_CONTROL_CHARACTERS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def print_json(value: object) -> None:

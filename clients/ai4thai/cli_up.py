@@ -32,10 +32,10 @@ def up(
     ] = "127.0.0.1",
     data_dir: Annotated[
         Path | None,
-        typer.Option(envvar="AI4THAI_DATA_DIR", help="Jobs, logs, models. [default: the user's data directory]"),
+        typer.Option(envvar="AI4THAI_DATA_DIR", help="Jobs, logs, models. \\[default: the user's data directory]"),
     ] = None,
     redis_url: Annotated[
-        str, typer.Option(envvar="REDIS_URL", help="Use this Redis. [default: an embedded broker]")
+        str, typer.Option(envvar="REDIS_URL", help="Use this Redis. \\[default: an embedded broker]")
     ] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the processes log.")] = False,
 ) -> None:

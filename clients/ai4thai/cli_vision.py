@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ from ai4thai.cli_output import (
     print_detection,
     print_error,
     print_json,
+    print_piece,
 )
 from ai4thai.errors import AI4ThaiError
 from ai4thai.frames import read_frames
@@ -190,20 +190,23 @@ def ask(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    priority: Priority = "",
     json: AsJson = False,
     timeout: TimeoutS = 300,
     vision: VisionAddress = VISION,
 ) -> None:
     """Asks about an image; the answer appears as it is written."""
-    options = _text_options(model, max_new_tokens, temperature, top_p, seed)
-    with VisionClient(vision, timeout_s=timeout) as client, client.ask(image, question, **options) as text:
+    options = text_options(model, max_new_tokens, temperature, top_p, seed)
+    with (
+        VisionClient(vision, timeout_s=timeout) as client,
+        client.ask(image, question, priority=priority, **options) as text,
+    ):
         if json:
             print_json(text.summary)
             return
         for piece in text:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+            print_piece(piece)
+        print_piece("\n")
         print_answer_notes(text.summary)
 
 
@@ -214,6 +217,7 @@ def analyze(
     min_confidence: MinConfidence = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
+    priority: Priority = "",
     json: AsJson = False,
     timeout: TimeoutS = 300,
     vision: VisionAddress = VISION,
@@ -225,7 +229,11 @@ def analyze(
         jpeg_path(save)
     with VisionClient(vision, timeout_s=timeout) as client:
         result = client.analyze(
-            image, question, detect=found, text=_text_options("", max_new_tokens, temperature, None, None)
+            image,
+            question,
+            detect=found,
+            text=text_options("", max_new_tokens, temperature, None, None),
+            priority=priority,
         )
     if json:
         print_json(result)
@@ -256,9 +264,10 @@ def detect_options(
     }
 
 
-def _text_options(
+def text_options(
     model: str, max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None
 ) -> TextOptions:
+    """The options of an answer as the command line has them."""
     return {
         "model": model,
         "max_new_tokens": max_new_tokens,

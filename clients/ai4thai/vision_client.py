@@ -93,17 +93,31 @@ class VisionClient:
         )
 
     def generate(
-        self, messages: Iterable[Message], *, timeout_s: float | None = None, **options: Unpack[TextOptions]
+        self,
+        messages: Iterable[Message],
+        *,
+        priority: str = "",
+        timeout_s: float | None = None,
+        **options: Unpack[TextOptions],
     ) -> TextStream:
-        """Answers a conversation: pieces of text as they come; `.summary` and `.text` have the whole."""
-        request = wire.write_generate(messages, options)
+        """Answers a conversation: pieces of text as they come; `.summary` and `.text` have the whole.
+
+        `priority`: whose turn it is while the server is busy, `interactive`, `standard` (the default) or `batch`.
+        """
+        request = wire.write_generate(messages, options, priority)
         return TextStream(self._vision.Generate(request, timeout=timeout_s or self._timeout_s), self.address)
 
     def ask(
-        self, image: ImageInput, question: str, *, timeout_s: float | None = None, **options: Unpack[TextOptions]
+        self,
+        image: ImageInput,
+        question: str,
+        *,
+        priority: str = "",
+        timeout_s: float | None = None,
+        **options: Unpack[TextOptions],
     ) -> TextStream:
         """Asks about one image, in any language the model speaks."""
-        return self.generate([question_about(image, question)], timeout_s=timeout_s, **options)
+        return self.generate([question_about(image, question)], priority=priority, timeout_s=timeout_s, **options)
 
     def analyze(
         self,
@@ -226,21 +240,32 @@ class AsyncVisionClient:
         )
 
     def generate(
-        self, messages: Iterable[Message], *, timeout_s: float | None = None, **options: Unpack[TextOptions]
+        self,
+        messages: Iterable[Message],
+        *,
+        priority: str = "",
+        timeout_s: float | None = None,
+        **options: Unpack[TextOptions],
     ) -> AsyncTextStream:
         """See VisionClient.generate."""
 
         async def start() -> Any:
-            request = await asyncio.to_thread(wire.write_generate, messages, options)
+            request = await asyncio.to_thread(wire.write_generate, messages, options, priority)
             return self._vision.Generate(request, timeout=timeout_s or self._timeout_s)
 
         return AsyncTextStream(start, self.address)
 
     def ask(
-        self, image: ImageInput, question: str, *, timeout_s: float | None = None, **options: Unpack[TextOptions]
+        self,
+        image: ImageInput,
+        question: str,
+        *,
+        priority: str = "",
+        timeout_s: float | None = None,
+        **options: Unpack[TextOptions],
     ) -> AsyncTextStream:
         """See VisionClient.ask."""
-        return self.generate([question_about(image, question)], timeout_s=timeout_s, **options)
+        return self.generate([question_about(image, question)], priority=priority, timeout_s=timeout_s, **options)
 
     async def analyze(
         self,

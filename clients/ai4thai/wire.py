@@ -99,12 +99,15 @@ def write_frame(frame_id: int, image: ImageInput) -> vision_service_pb2.DetectSt
     return vision_service_pb2.DetectStreamRequest(frame=frame)
 
 
-def write_generate(messages: Iterable[Message], options: TextOptions) -> vision_service_pb2.GenerateRequest:
+def write_generate(
+    messages: Iterable[Message], options: TextOptions, priority: str = ""
+) -> vision_service_pb2.GenerateRequest:
     """The request of Generate."""
     return vision_service_pb2.GenerateRequest(
         model=options.get("model", ""),
         messages=[_write_message(message) for message in messages],
         options=write_text_options(options),
+        priority=write_priority(priority),
     )
 
 

@@ -19,6 +19,7 @@ from ai4thai import (
 )
 from ai4thai.job_results import DetectJobResult
 from ai4thai.results import FrameResult
+from ai4thai.vision.v1 import detection_pb2
 
 from serving.errors import Code, ServiceError
 from tests.clients.fake_servers import BROKEN, FakeQueue, FakeVision
@@ -67,12 +68,14 @@ async def test_a_failing_image_source(async_vision: AsyncVisionClient) -> None:
     assert len(results) == 1
 
 
-async def test_text(async_vision: AsyncVisionClient, image: Path) -> None:
-    stream = async_vision.ask(image, "มีดาวกี่ดวง")
+async def test_text(async_vision: AsyncVisionClient, fake_vision: FakeVision, image: Path) -> None:
+    stream = async_vision.ask(image, "มีดาวกี่ดวง", priority="interactive")
     pieces = [piece async for piece in stream]
     assert pieces == list(FakeVision.pieces)
     assert (await stream.summary()).text == "".join(pieces) == await stream.text()
-    assert await async_vision.generate([Message("user", "Hello")]).text()
+    assert fake_vision.script.requests["Generate"].priority == detection_pb2.PRIORITY_INTERACTIVE
+    assert await async_vision.generate([Message("user", "Hello")], priority="batch").text()
+    assert fake_vision.script.requests["Generate"].priority == detection_pb2.PRIORITY_BATCH
 
 
 async def test_leaving_a_text_stops_the_server(

@@ -137,6 +137,7 @@ def test_wrong_values_exit_with_1(run: Run, image: Path) -> None:
         ["jobs", "--state", "done"],
         ["submit", "detect", image, "--priority", "urgent"],
         ["detect", image, "--priority", "urgent"],
+        ["ask", image, "What?", "--priority", "urgent"],
         ["detect", image, "--mask-form", "circle"],
         ["submit", "detect", image, "--label", "colour"],
     ):
@@ -180,18 +181,20 @@ def test_streams_that_make_no_sense(run: Run, tmp_path: Path) -> None:
     assert "is no video" in run("stream", tmp_path / "clip.mp4").stderr
 
 
-def test_ask_prints_the_words_alone_on_stdout(run: Run, image: Path) -> None:
-    result = run("ask", image, "มีดาวกี่ดวง")
+def test_ask_prints_the_words_alone_on_stdout(run: Run, image: Path, fake_vision: FakeVision) -> None:
+    result = run("ask", image, "มีดาวกี่ดวง", "--priority", "batch")
 
     assert (result.exit_code, result.stdout) == (0, "มีดาวหนึ่งดวง\n")
     assert "3 tokens" in result.stderr
+    assert fake_vision.script.requests["Generate"].priority == detection_pb2.PRIORITY_BATCH
     assert lines_of(run("ask", image, "What?", "--json"))[0]["text"] == "มีดาวหนึ่งดวง"
 
 
-def test_analyze(run: Run, image: Path) -> None:
-    result = run("analyze", image, "How many?")
+def test_analyze(run: Run, image: Path, fake_vision: FakeVision) -> None:
+    result = run("analyze", image, "How many?", "--priority", "interactive")
 
     assert result.exit_code == 0 and "One star." in result.stdout and "0.75" in result.stdout
+    assert fake_vision.script.requests["Analyze"].priority == detection_pb2.PRIORITY_INTERACTIVE
 
 
 def test_a_job_from_submission_to_its_result(run: Run, image: Path) -> None:
@@ -262,10 +265,26 @@ def test_info_and_stats(run: Run) -> None:
 
 def test_help_and_version(run: Run) -> None:
     told = run("--help").stdout
-    for command in ("up", "demo", "detect", "stream", "ask", "analyze", "submit", "jobs", "watch", "cancel", "health"):
+    for command in (
+        "up",
+        "demo",
+        "detect",
+        "stream",
+        "ask",
+        "chat",
+        "analyze",
+        "submit",
+        "jobs",
+        "watch",
+        "cancel",
+        "health",
+    ):
         assert command in told
     assert run("--version").stdout.startswith("ai4thai ")
     assert run("detect", "-h").exit_code == 0
+    for command in ("detect", "ask", "chat", "bench", "up"):
+        assert "[default: " in run(command, "-h").stdout
+    assert "[default: 256]" in run("chat", "-h").stdout
 
 
 def test_ctrl_c_stops_the_server_and_exits_with_130(

@@ -15,6 +15,7 @@ from ai4thai import (
     VisionClient,
 )
 from ai4thai.results import FinishReason, FrameResult
+from ai4thai.vision.v1 import detection_pb2
 from PIL import Image
 
 from tests.clients.fake_servers import BROKEN, FakeServer, FakeVision
@@ -166,10 +167,12 @@ def test_conversations_have_roles(vision: VisionClient, fake_vision: FakeVision,
             Message("user", [image, "What?"]),
             Message("assistant", "A star."),
             Message("user", "Sure?"),
-        ]
+        ],
+        priority="batch",
     )
     assert stream.text
 
+    assert fake_vision.script.requests["Generate"].priority == detection_pb2.PRIORITY_BATCH
     turns = fake_vision.script.requests["Generate"].messages
     assert [turn.role for turn in turns] == [1, 2, 3, 2]
     with pytest.raises(ValueError, match="'boss'"):

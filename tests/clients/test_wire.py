@@ -127,6 +127,8 @@ def test_words_are_sent_as_the_contracts_values() -> None:
     assert config.priority == detection_pb2.PRIORITY_BATCH
     assert wire.write_detect(b"image", {}, "Interactive").priority == detection_pb2.PRIORITY_INTERACTIVE
     assert wire.write_analyze(b"image", "?", {}, {}, "batch").priority == detection_pb2.PRIORITY_BATCH
+    assert wire.write_generate([], {}, "batch").priority == detection_pb2.PRIORITY_BATCH
+    assert wire.write_generate([], {}).priority == detection_pb2.PRIORITY_UNSPECIFIED
 
 
 @pytest.mark.parametrize("name", ["tracker", "overflow", "priority", "mask_form"])
