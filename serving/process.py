@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute
 from serving import logs
 from serving.health import Health
 from serving.http1 import Http
+from serving.http_calls import OwnCalls
 from serving.listener import Listener
 from serving.rpc import build_server, channel_options
 from serving.settings import ServingSettings
@@ -47,7 +48,7 @@ class Service(Protocol):
         """Adds the servicers."""
 
     def routes(self) -> Sequence[BaseRoute]:
-        """Plain routes, such as /info."""
+        """Routes beside those of the contract, such as /info; they go before them, and may call methods (web.build_app)."""
 
     async def start(self, health: Health) -> None:
         """Called once the port is open; returns soon, long loading goes on in the background."""
@@ -89,6 +90,7 @@ async def _serve(service: Service, serving: ServingSettings, port: int, settings
             service.domain,
             [*service.routes(), *transcoder.routes(service.service_names)],
             serving.cors_origins,
+            OwnCalls(channel, service.domain, serving.max_message_bytes),
         )
         http = Http(app, serving)
         listener = Listener(serving, port, grpc_socket, http)

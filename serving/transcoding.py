@@ -19,38 +19,25 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from serving.errors import Code, ServiceError
-from serving.interceptors import HTTP_CALLER, REQUEST_ID, new_request_id
+from serving.http_calls import (
+    HTTP_STATUS,
+    gone,
+    grpc_name,
+    metadata_of,
+    off_loop_if_large,
+    parse_json,
+    read_body,
+    retry_after,
+    status_of,
+    timeout_of,
+    unreadable,
+)
+from serving.interceptors import REQUEST_ID, new_request_id
 from serving.status import from_exception, to_status
-
-# google.rpc.Code's own mapping to HTTP (the comments of google/rpc/code.proto).
-HTTP_STATUS = {
-    Code.CANCELLED: 499,
-    Code.INVALID_ARGUMENT: 400,
-    Code.DEADLINE_EXCEEDED: 504,
-    Code.NOT_FOUND: 404,
-    Code.ALREADY_EXISTS: 409,
-    Code.PERMISSION_DENIED: 403,
-    Code.RESOURCE_EXHAUSTED: 429,
-    Code.FAILED_PRECONDITION: 400,
-    Code.ABORTED: 409,
-    Code.OUT_OF_RANGE: 400,
-    Code.UNIMPLEMENTED: 501,
-    Code.INTERNAL: 500,
-    Code.UNAVAILABLE: 503,
-    Code.UNAUTHENTICATED: 401,
-}
-TIMEOUT_HEADER = "x-server-timeout"
-"""Seconds that the caller is willing to wait (the name is Google's)."""
-
-_PASSED_ON = ("x-priority",)
-"""Headers that methods read as metadata of the same name."""
 
 # Both alphabets of RFC 4648, as protobuf's JSON allows.
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]*={0,2}")
 NDJSON = "application/x-ndjson"
-_DETAILS = "grpc-status-details-bin"
-# Below this a body is parsed on the loop: a thread would cost more than it saves.
-_SMALL_BODY_BYTES = 1 << 16
 _UNKNOWN_FIELD = re.compile(r'has no field named "(?P<name>[^"]*)" at "(?P<path>[^"]*)"')
 _FAILED_FIELD = re.compile(r"(?:Failed to parse \w+ field: )+(?P<what>.*?)(?: at \w+\.(?P<path>[\w.\[\]]*))?\.*$")
 
@@ -70,8 +57,7 @@ def error_response(status: Status, headers: dict[str, str] | None = None) -> Res
     extra = dict(headers or {})
     for detail in body["error"]["details"]:
         if "retryDelay" in detail:
-            # Whole seconds, rounded up: Retry-After knows no fractions.
-            extra["retry-after"] = str(max(1, -int(-float(detail["retryDelay"].rstrip("s")) // 1)))
+            extra["retry-after"] = retry_after(float(detail["retryDelay"].rstrip("s")))
     return JSONResponse(body, status_code=code, headers=extra)
 
 
@@ -86,11 +72,6 @@ def error_body(status: Status) -> dict[str, Any]:
             "details": json_format.MessageToDict(status)["details"] if status.details else [],
         }
     }
-
-
-def grpc_name(number: int) -> str:
-    """`5` → `NOT_FOUND`."""
-    return next((code.name for code in grpc.StatusCode if code.value[0] == number), "UNKNOWN")
 
 
 class Transcoder:
@@ -126,30 +107,19 @@ class Transcoder:
             headers = {REQUEST_ID: identity}
             try:
                 message = await self._read(request, request_class, body)
-                timeout_s = _timeout_s(request)
+                timeout_s = timeout_of(request)
             except ServiceError as error:
                 return error_response(to_status(error, self._domain), headers)
             except ClientDisconnect:
                 return Response(status_code=499)
-            client = request.client
-            metadata = (
-                (REQUEST_ID, identity),
-                (HTTP_CALLER, f"{client.host}:{client.port}" if client else "?"),
-                # Metadata is ASCII; what is not comes out escaped, and is refused for what it is.
-                *(
-                    (name, request.headers[name].encode("ascii", "backslashreplace").decode())
-                    for name in _PASSED_ON
-                    if name in request.headers
-                ),
-            )
-            running = call(message, metadata=metadata, timeout=timeout_s)
-            leaving = asyncio.ensure_future(_gone(request))
+            running = call(message, metadata=metadata_of(request, identity), timeout=timeout_s)
+            leaving = asyncio.ensure_future(gone(request))
             leaving.add_done_callback(lambda _: running.cancel())
             try:
                 if method.server_streaming:
                     return await self._stream(running, leaving, headers)
                 answer = await running
-                values = await _off_loop_if_large(answer.ByteSize(), to_dict, answer)
+                values = await off_loop_if_large(answer.ByteSize(), to_dict, answer)
                 return JSONResponse(values, headers=headers)
             except grpc.aio.AioRpcError as error:
                 return error_response(status_of(error, self._domain), headers)
@@ -192,41 +162,15 @@ class Transcoder:
         """Body, then query, then path: each adds to the message; what does not fit is named."""
         message = request_class()
         if body:
-            content = await self._body(request)
-            values = await _off_loop_if_large(len(content), _parse_json, content)
-            await _off_loop_if_large(len(content), _fill, message, values)
+            content = await read_body(request, self._max_body_bytes)
+            values = await off_loop_if_large(len(content), parse_json, content)
+            await off_loop_if_large(len(content), _fill, message, values)
         else:
             for name, texts in _grouped(request.query_params.multi_items()):
                 _fill(message, _nested(message, name, texts))
         for name, text in request.path_params.items():
             _fill(message, _nested(message, name, [text]))
         return message
-
-    async def _body(self, request: Request) -> bytes:
-        chunks: list[bytes] = []
-        size_bytes = 0
-        async for chunk in request.stream():
-            size_bytes += len(chunk)
-            if size_bytes > self._max_body_bytes:
-                raise ServiceError(
-                    Code.RESOURCE_EXHAUSTED,
-                    "MESSAGE_UNREADABLE",
-                    f"The body is larger than {self._max_body_bytes} bytes.",
-                    cure="Send less at once, or raise SERVING_MAX_MESSAGE_BYTES.",
-                    metadata={"limit_bytes": self._max_body_bytes},
-                )
-            chunks.append(chunk)
-        return b"".join(chunks)
-
-
-def status_of(error: grpc.aio.AioRpcError, domain: str) -> Status:
-    """The Status that an error of the server's own call carries, or one made from its code."""
-    for key, value in error.trailing_metadata() or ():
-        if key == _DETAILS:
-            return Status.FromString(value)
-    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:  # the channel's own, which has no details
-        return to_status(from_exception(TimeoutError()), domain)
-    return Status(code=error.code().value[0], message=error.details() or "")
 
 
 def _bindings(method: MethodDescriptor) -> Iterator[tuple[str, str, str]]:
@@ -237,16 +181,6 @@ def _bindings(method: MethodDescriptor) -> Iterator[tuple[str, str, str]]:
             yield verb.upper(), getattr(binding, verb), binding.body
 
 
-def _parse_json(content: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(content or b"{}")
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(f"The body is no JSON that can be read: {error}.", "") from None
-    if not isinstance(values, dict):
-        raise _unreadable(f"The body is a JSON {type(values).__name__}, not an object.", "")
-    return values
-
-
 def _fill(message: Message, values: dict[str, Any]) -> None:
     _check_shape(message.DESCRIPTOR, values, "")
     try:
@@ -255,15 +189,15 @@ def _fill(message: Message, values: dict[str, Any]) -> None:
         text = str(error)
         if unknown := _UNKNOWN_FIELD.search(text):
             inner = ".".join([*unknown["path"].split(".")[1:], unknown["name"]])
-            raise _unreadable(f"{message.DESCRIPTOR.name} has no field {inner!r}.", inner) from None
+            raise unreadable(f"{message.DESCRIPTOR.name} has no field {inner!r}.", inner) from None
         if failed := _FAILED_FIELD.match(text):
             # The text names the field in one of two ways, or in both; the longer says more.
             named = ".".join(re.findall(r"Failed to parse (\w+) field", text))
             path = max(named, (failed["path"] or "").rstrip("."), key=len)
-            raise _unreadable(f"{path}: {failed['what']}.", path) from None
-        raise _unreadable(text, "body") from None
+            raise unreadable(f"{path}: {failed['what']}.", path) from None
+        raise unreadable(text, "body") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise _unreadable(f"The body does not fit {message.DESCRIPTOR.name}: {error}", "body") from None
+        raise unreadable(f"The body does not fit {message.DESCRIPTOR.name}: {error}", "body") from None
 
 
 def _check_shape(descriptor: Any, values: dict[str, Any], path: str) -> None:
@@ -277,25 +211,15 @@ def _check_shape(descriptor: Any, values: dict[str, Any], path: str) -> None:
         if inner is not None and (inner.full_name.startswith("google.protobuf.") or inner.GetOptions().map_entry):
             continue
         if inner is not None and isinstance(value, list) and not field.is_repeated:
-            raise _unreadable(f"{place} is a list, not an object.", place)
+            raise unreadable(f"{place} is a list, not an object.", place)
         for index, item in enumerate(value if isinstance(value, list) else [value]):
             spot = f"{place}[{index}]" if isinstance(value, list) else place
             if inner is not None and isinstance(item, dict):
                 _check_shape(inner, item, f"{spot}.")
             elif field.type == FieldDescriptor.TYPE_BYTES and isinstance(item, str) and not _BASE64.fullmatch(item):
-                raise _unreadable(
+                raise unreadable(
                     f"{spot} is no base64; send the bytes' base64 alone, without `data:…,` before it.", spot
                 )
-
-
-def _unreadable(text: str, field: str) -> ServiceError:
-    return ServiceError(
-        Code.INVALID_ARGUMENT,
-        "MESSAGE_UNREADABLE",
-        text,
-        cure="The proto files say which fields there are, and of which type.",
-        field=field or "body",
-    )
 
 
 def _grouped(items: list[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
@@ -312,11 +236,11 @@ def _nested(message: Message, path: str, texts: list[str]) -> dict[str, Any]:
     for name in names[:-1]:
         field = descriptor.fields_by_name.get(name)
         if field is None or field.message_type is None:
-            raise _unreadable(f"{message.DESCRIPTOR.name} has no field {path!r}.", path)
+            raise unreadable(f"{message.DESCRIPTOR.name} has no field {path!r}.", path)
         descriptor = field.message_type
     field = descriptor.fields_by_name.get(names[-1])
     if field is None:
-        raise _unreadable(f"{message.DESCRIPTOR.name} has no field {path!r}.", path)
+        raise unreadable(f"{message.DESCRIPTOR.name} has no field {path!r}.", path)
     values = [_scalar(field, text) for text in texts]
     value: Any = values if field.is_repeated else values[-1]
     for name in reversed(names):
@@ -328,31 +252,6 @@ def _scalar(field: Any, text: str) -> Any:
     if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     return text  # json_format reads numbers and enums from strings
-
-
-def _timeout_s(request: Request) -> float | None:
-    text = request.headers.get(TIMEOUT_HEADER)
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 86400:
-        raise _unreadable(f"{TIMEOUT_HEADER} is {text!r}; it must be seconds, above 0 up to a day.", TIMEOUT_HEADER)
-    return seconds
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the caller closes the connection; the body has been read already."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _off_loop_if_large(size_bytes: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    if size_bytes <= _SMALL_BODY_BYTES:
-        return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)
 
 
 def _line(values: dict[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import telemetry
 from serving.errors import Code, ServiceError
 from serving.health import LIVENESS, Health
+from serving.http_calls import OwnCalls
 from serving.logs import get_logger
 from serving.transcoding import failure
 
@@ -29,8 +30,12 @@ def build_app(
     domain: str,
     routes: Sequence[BaseRoute],
     cors_origins: Sequence[str],
+    own_calls: OwnCalls,
 ) -> ASGIApp:
-    """An ASGI application; `ready_name` is the health name that GET /health answers for."""
+    """An ASGI application; `ready_name` is the health name that GET /health answers for.
+
+    Routes that call the server's own methods find `own_calls` in `request.app.state.own_calls`.
+    """
 
     async def ready(_request: Request) -> Response:
         why = health.why_not(ready_name)
@@ -92,7 +97,7 @@ def build_app(
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
         )
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", ready),
             Route("/health/live", live),
@@ -103,6 +108,8 @@ def build_app(
         middleware=middleware,
         exception_handlers={HTTPException: on_http_error, ServiceError: on_fault, Exception: on_fault},
     )
+    app.state.own_calls = own_calls
+    return app
 
 
 class _Counted:

@@ -1,4 +1,4 @@
-"""Runs the README's examples against a running platform, and holds its tables against the code."""
+"""Runs the examples of the README and the docs against a running platform, and holds its tables against the code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Example:
     words: tuple[str, ...]
 
 
-PAGES = (README, (ROOT / "docs" / "detection.md").read_text("utf-8"))
+PAGES = (README, *(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))))
 EXAMPLES = [
     Example(match["language"], match["code"], tuple(match["words"].split(", ")))
     for page in PAGES
@@ -70,7 +70,7 @@ def test_every_block_is_an_example_or_sets_up() -> None:
     languages = [language for page in PAGES for language in re.findall(r"^```(\w+)", page, re.MULTILINE)]
     assert len(EXAMPLES) == sum(language in ("python", "bash") for language in languages)
     assert {example.language for example in EXAMPLES} == {"python", "bash"}
-    assert set(languages) <= {"python", "bash", "sh", "text"}
+    assert set(languages) <= {"python", "bash", "sh", "text", "console", "yaml"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: " ".join(example.code.split()[:2]))

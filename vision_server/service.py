@@ -30,6 +30,7 @@ from vision_server.devices import Devices
 from vision_server.errors import ImageEmpty, ModelControlOff, WrongOrder
 from vision_server.images import Images, decode_threads
 from vision_server.models import READY_NAME, Models
+from vision_server.openai.routes import OpenAIRoutes
 from vision_server.requests import EncodedImage, Frame
 from vision_server.results import ServerInfo
 from vision_server.settings import VisionSettings
@@ -87,6 +88,7 @@ class VisionServer(
         self._detections = Detections(self._models, self._images, self._admission)
         self._streams = Streams(self._detections, self._images, max_streams=settings.max_streams)
         self._answers = Answers(self._models, self._images, self._admission, self._detections)
+        self._openai = OpenAIRoutes(settings, lambda: self._models.infos, self.domain)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Adds the three servicers."""
@@ -95,16 +97,17 @@ class VisionServer(
         device_service_pb2_grpc.add_DeviceServiceServicer_to_server(self, server)
 
     def routes(self) -> Sequence[BaseRoute]:
-        """GET /info, answered without gRPC."""
+        """GET /info, answered without gRPC, and OpenAI's."""
 
         async def info(_request: Request) -> Response:
             return JSONResponse(to_dict(wire.write_server_info(self._info())))
 
-        return [Route("/info", info)]
+        return [Route("/info", info), *self._openai.routes()]
 
     async def start(self, health: Health) -> None:
         """Begins to load the models."""
         self._images.start()
+        self._openai.start()
         metrics.ADMITTED_IMAGES.set_function(lambda: self._admission.image_count)
         metrics.ADMITTED_BYTES.set_function(lambda: self._admission.size_bytes)
         self._models.start(health)
@@ -117,6 +120,7 @@ class VisionServer(
 
     async def stop(self) -> None:
         """Lets go of the models."""
+        await self._openai.stop()
         await self._models.stop()
         self._images.stop()
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.end_to_end.calling import Server
+from tests.end_to_end.picture_host import picture_host
 from tests.end_to_end.pictures import Picture, foreign, jpeg
 from tests.end_to_end.unharmed import before, served_as_before
 from tests.processes import ServerProcess
@@ -57,9 +58,21 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vision_process(data_dir: Path) -> Iterator[ServerProcess]:
+def pictures_at() -> Iterator[str]:
+    """`host:port` that the vision server may fetch pictures from."""
+    with picture_host() as place:
+        yield place
+
+
+@pytest.fixture(scope="session")
+def vision_process(data_dir: Path, pictures_at: str) -> Iterator[ServerProcess]:
     """The vision server with the shipped models, perhaps still loading."""
-    env = {**TIMES, "AI4THAI_DATA_DIR": str(data_dir), "VISION_SERVICE_PORT": "0"}
+    env = {
+        **TIMES,
+        "AI4THAI_DATA_DIR": str(data_dir),
+        "VISION_SERVICE_PORT": "0",
+        "VISION_IMAGE_URL_HOSTS": pictures_at,
+    }
     with ServerProcess("vision_server", env=env) as process:
         yield process
 
