@@ -61,7 +61,8 @@ def read(kind: type[Settings]) -> Settings:
         sys.exit(2)
 
 
-_URL_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):([^/@\s]*)@")
+# `user:password@`; what stands there alone may be a token.
+_URL_PASSWORD = re.compile(r"(?<=://)(?:([^/@:\s]*):)?[^/@\s]*@")
 
 
 def describe(settings: BaseSettings) -> dict[str, object]:
@@ -73,7 +74,7 @@ def _masked(value: object) -> object:
     if isinstance(value, SecretStr):
         return "***" if value.get_secret_value() else ""
     if isinstance(value, str):
-        return _URL_PASSWORD.sub(r"\1:***@", value)
+        return _URL_PASSWORD.sub(lambda found: f"{found[1]}:***@" if found[1] is not None else "***@", value)
     if isinstance(value, Mapping):
         return {key: _masked(inner) for key, inner in value.items()}
     if isinstance(value, bool | int | float) or value is None:

@@ -16,7 +16,7 @@ from vision_server.weights import is_local_describer
 def main() -> int:
     """Serves until it is told to stop; returns the exit code."""
     settings, serving = read(VisionSettings), read(ServingSettings)
-    local = all(is_local_describer(name, settings.model_dir) for name in settings.describers)
+    local = all(is_local_describer(name, settings.model_dir) for name in settings.local_describers)
     set_environment(settings.data_dir, fetch_describer=not (settings.offline or local))
     shown = {**describe(settings), **describe(serving)}
     return run(lambda: VisionServer(settings, serving.max_message_bytes), serving, settings.port, shown)

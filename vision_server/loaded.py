@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vision_server.batcher import Batcher
+from vision_server.describers.addresses import ELSEWHERE
 from vision_server.describers.describer import Describer
 from vision_server.detector import DetectItem, Detector
 from vision_server.metrics import DetectorMeters
@@ -147,8 +148,8 @@ class LoadedDescriber(Loaded):
 
     @property
     def busy_s(self) -> Mapping[str, float]:
-        """Seconds in which it computed, by device."""
-        return {self.card.device: self.describer.busy_seconds}
+        """Seconds in which it computed, by device; of one that another server computes nothing is known."""
+        return {} if self.card.device == ELSEWHERE else {self.card.device: self.describer.busy_seconds}
 
     async def _end(self) -> None:
         await self.describer.stop()

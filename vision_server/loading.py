@@ -220,6 +220,13 @@ class Loader:
 
     def _begin_describer(self, name: str, source: Source, model: LanguageModel) -> LoadedDescriber:
         loop = asyncio.get_running_loop()
+
+        def broke(why: str) -> None:
+            loaded.broken = why
+            self._on_broken(loaded, why)
+
+        # A prompt with pictures may honestly take a CPU minutes.
+        patience = 1 if model.card.device.startswith("cuda") else 10
         generations = Generations(
             model,
             max_running=self._settings.max_running_generations,
@@ -227,10 +234,13 @@ class Loader:
             ageing_ms=self._settings.priority_ageing_ms,
             begin_thread=partial(_set_torch_threads, self._threads),
             on_failure=lambda error: loop.call_soon_threadsafe(self._on_failure, error),
+            stuck_after_s=self._settings.stuck_after_s * patience,
+            on_stuck=broke,
         )
         describer = LocalDescriber(model, generations, threads=min(4, self._settings.core_count))
+        loaded = LoadedDescriber(source, describer, model.card.memory_bytes + model.max_cache_bytes)
         describer.start()
-        return LoadedDescriber(source, describer, model.card.memory_bytes + model.max_cache_bytes)
+        return loaded
 
     async def connect(
         self, name: str, address: RemoteAddress, progress: Progress, on_away: Callable[[Loaded, str], object]

@@ -22,6 +22,9 @@ from serving.health import Health
 from serving.logs import get_logger
 from vision_server import memory, metrics
 from vision_server.catalog import Catalog, plain_name
+from vision_server.describers.addresses import RemoteAddress
+from vision_server.describers.peer import PeerError
+from vision_server.describers.peer_errors import ModelAway
 from vision_server.errors import (
     Draining,
     InvalidField,
@@ -43,6 +46,9 @@ from vision_server.weights import UnreadableWeights, WeightsMissing
 _RETRY_AFTER_S = 2.0
 # How long what was swapped out or unloaded waits for its calls; a long generation takes minutes on a CPU.
 _DRAIN_S = 300.0
+# Between two attempts to reach the server of a remote describer; each is one small question, and callers wait for none of them.
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 10.0
 
 T = TypeVar("T")
 
@@ -57,13 +63,17 @@ class Models:
     def __init__(self, settings: VisionSettings) -> None:
         self._settings = settings
         self._names = Names()
-        for names, generates in ((settings.detectors, False), (settings.describers, True)):
-            for name in names:
-                self._names.add(ServedModel(name, generates=generates, is_told=True, is_default=name == names[0]))
+        told = ((dict.fromkeys(settings.detectors), False), (settings.describers, True))
+        for models, generates in told:
+            for number, (name, address) in enumerate(models.items()):
+                self._names.add(
+                    ServedModel(name, generates=generates, is_told=True, is_default=number == 0, address=address)
+                )
         self._starting = {model.name for model in self._names}
         self._catalog = Catalog(settings.model_dir)
         self._held: set[Loaded] = set()  # all that is in memory, on its way out too
         self._background: set[asyncio.Task[None]] = set()
+        self._missed: set[ServedModel] = set()  # whose servers are away, and asked again and again
         self._busy_before_s: dict[str, float] = {}  # of what is no longer in memory
         self._limit_bytes = settings.max_model_bytes
         self._turns = 0
@@ -184,7 +194,7 @@ class Models:
                 assert model.loaded is not None, "what is ready is loaded"
                 return model.loaded
             case ModelState.FAILED:
-                raise ModelFailed(model.name, model.why)
+                raise _why_not(model)
             case ModelState.UNLOADING | ModelState.UNLOADED:
                 raise ModelUnloaded(model.name, field)
             case _:
@@ -257,8 +267,11 @@ class Models:
 
     async def _load(self, model: ServedModel, fetch: bool) -> ServiceError | None:
         try:
-            async with self._turn:
-                await self._load_now(model, fetch)
+            if model.address is not None:
+                await self._connect(model, model.address)
+            else:
+                async with self._turn:
+                    await self._load_now(model, fetch)
             self._note_load(model)
             return None
         except Exception as error:
@@ -292,12 +305,44 @@ class Models:
             lambda state, share: loop.call_soon_threadsafe(self._enter, model, state, share),
             fetch=fetch,
         )
+        self._put(model, loaded, began_s)
+
+    async def _connect(self, model: ServedModel, address: RemoteAddress) -> None:
+        """Has a model served that another server runs. It takes no turn: nothing is loaded, and the other server may be slow."""
+        began_s = time.perf_counter()
+        self._enter(model, ModelState.LOADING, 0.0)
+        loaded = await self._loader.connect(model.name, address, partial(self._enter, model), self._went)
+        self._put(model, loaded, began_s)
+
+    def _put(self, model: ServedModel, loaded: Loaded, began_s: float) -> None:
+        """Gives a model what was loaded, in the place of what it had."""
         if model.loaded is not None:
             self._spawn(self._retire(model.take()))
         model.loaded = loaded
         self._held.add(loaded)
         seconds = round(time.perf_counter() - began_s, 2)
         _log.info("model ready", model=model.name, seconds=seconds, **asdict(loaded.card))
+
+    def _miss(self, model: ServedModel) -> None:
+        """Has a model whose server is away asked for until it is there: that may start, or be started again, after this one."""
+        if model not in self._missed:
+            self._missed.add(model)
+            self._spawn(self._seek(model))
+
+    async def _seek(self, model: ServedModel) -> None:
+        pause_s = _FIRST_PAUSE_S
+        try:
+            while True:
+                await asyncio.sleep(pause_s)
+                if model.loading is None and model.state is ModelState.FAILED:
+                    self._begin(model, fetch=False)
+                if model.loading is not None:
+                    await asyncio.wait({model.loading})
+                if model.state is not ModelState.FAILED:
+                    return  # it is there, or has been unloaded
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        finally:
+            self._missed.discard(model)
 
     def _note_load(self, model: ServedModel) -> None:
         self._turns += 1
@@ -306,6 +351,8 @@ class Models:
 
     async def _has_newer_weights(self, model: ServedModel) -> bool:
         """Whether other weights lie on the disk than are in memory: who joins a load may have brought them meanwhile."""
+        if model.address is not None:
+            return False
         find = partial(self._loader.find, model.name, model.generates, fetch=False, hub=model.is_told)
         with suppress(WeightsMissing):
             source = await asyncio.to_thread(find)
@@ -314,20 +361,26 @@ class Models:
 
     def _failed(self, model: ServedModel, error: Exception) -> ServiceError:
         """Notes why a model could not be loaded; answers what its callers are told."""
-        known = isinstance(error, WeightsMissing | UnreadableWeights | DeviceMissing | ServiceError)
+        known = isinstance(error, WeightsMissing | UnreadableWeights | DeviceMissing | ServiceError | PeerError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
-        _log.error("a model could not be loaded", model=model.name, reason=reason, exc_info=None if known else error)
+        if reason != model.reason or model not in self._missed:  # once a reason, however long a server is away
+            _log.error(
+                "a model could not be loaded", model=model.name, reason=reason, exc_info=None if known else error
+            )
         model.step, model.reason = ModelState.FAILED, reason
         if model.loaded is None and not model.is_told and isinstance(error, WeightsMissing | MemoryExceeded):
             self._names.remove(model)
         # What was loaded halfway hangs on the traceback.
         error.__traceback__ = error.__cause__ = error.__context__ = None
-        self._spawn(asyncio.to_thread(memory.give_back))
+        if model.address is None:
+            self._spawn(asyncio.to_thread(memory.give_back))
         if isinstance(error, ServiceError):
             return error
         if isinstance(error, WeightsMissing) and not model.is_told:
             return ModelNotFound(model.name, self._known, "name")
-        return ModelFailed(model.name, reason)
+        if model.address is not None:
+            self._miss(model)
+        return _why_not(model)
 
     async def _unload(self, model: ServedModel) -> None:
         self._reports.tell(model)
@@ -375,7 +428,7 @@ class Models:
 
     def _readings(self) -> Iterator[metrics.ModelReading]:
         for model in self._names:
-            devices = () if model.loaded is None else model.loaded.card.device.split(",")
+            devices = () if model.loaded is None or model.address is not None else model.loaded.card.device.split(",")
             size_bytes = sum(held.memory_bytes for held in self._held if held.name == model.name)
             busy_s = {} if model.loaded is None else model.loaded.busy_s
             yield metrics.ModelReading(model.name, model.state, dict.fromkeys(devices, size_bytes), busy_s)
@@ -387,6 +440,14 @@ class Models:
             if model.loaded is loaded:
                 self._reports.tell(model)
 
+    def _went(self, loaded: Loaded, why: str) -> None:
+        """The server of a remote describer is away."""
+        loaded.broken = why
+        for model in self._names:
+            if model.loaded is loaded:
+                self._reports.tell(model)
+                self._miss(model)
+
 
 def fail_on_lost_device(health: Health, error: Exception) -> None:
     """After a CUDA fault every later call of the process fails too: fails liveness, so that the container is restarted.
@@ -397,6 +458,12 @@ def fail_on_lost_device(health: Health, error: Exception) -> None:
         return
     if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
         health.fail_for_good(f"The GPU is lost to this process: {str(error).splitlines()[0]}")
+
+
+def _why_not(model: ServedModel) -> ServiceError:
+    """What callers of a model that failed are told."""
+    failed = ModelFailed if model.address is None else ModelAway
+    return failed(model.name, model.why)
 
 
 def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:

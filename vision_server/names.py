@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from serving.errors import ServiceError
 from vision_server.catalog import plain_name
+from vision_server.describers.addresses import RemoteAddress
 from vision_server.errors import InvalidField
 from vision_server.loaded import Loaded
 from vision_server.results import ModelInfo, ModelState, Task
@@ -17,8 +18,18 @@ MAX_ALIASES = 8
 class ServedModel:
     """A name with what stands behind it: nothing yet, what is loaded, or why it could not be."""
 
-    def __init__(self, name: str, *, generates: bool, is_told: bool = False, is_default: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        generates: bool,
+        is_told: bool = False,
+        is_default: bool = False,
+        address: RemoteAddress | None = None,
+    ) -> None:
         self.name = name
+        self.address = address
+        """Where it runs; None: in this process."""
         self.generates = generates
         self.is_told = is_told
         """The operator's settings name it."""

@@ -23,7 +23,7 @@ from vision_server import metrics
 from vision_server.admission import SHARES
 from vision_server.describers.sampling import NotNumbers, Sampler, choose
 from vision_server.describers.text_stream import TextStream
-from vision_server.errors import AnswerTooLong, DeadlinePassed, Draining, Fault, MemoryRanOut, QueueFull
+from vision_server.errors import AnswerTooLong, DeadlinePassed, Draining, ExecutorStuck, Fault, MemoryRanOut, QueueFull
 from vision_server.line import Line
 from vision_server.requests import GenerateOptions, Priority
 from vision_server.results import FinishReason, GenerateSummary, GenerateTimings, Usage
@@ -95,7 +95,11 @@ class _Row:
 
 
 class Generations:
-    """One thread that steps, and the bounded line before it. stream() and look() belong to one event loop."""
+    """One thread that steps, and the bounded line before it. stream() and look() belong to one event loop.
+
+    `on_failure` is told, in the thread, what the model raised; `on_stuck`, on the loop and once, that reading and stepping have
+    taken longer than `stuck_after_s`: nothing can end such a thread, so its callers are told and it is for the owner to give up.
+    """
 
     def __init__(
         self,
@@ -106,7 +110,12 @@ class Generations:
         ageing_ms: float = 500.0,
         begin_thread: Callable[[], None] = lambda: None,
         on_failure: Callable[[Exception], object] = lambda _: None,
+        stuck_after_s: float = 600.0,
+        on_stuck: Callable[[str], object] = lambda _: None,
     ) -> None:
+        self._stuck_after_s = stuck_after_s
+        self._on_stuck = on_stuck
+        self._watcher: asyncio.Task[None] | None = None
         self._model = model
         self._name = model.name
         self._max_running = max_running
@@ -141,14 +150,18 @@ class Generations:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name=f"model {self._name}", daemon=True)
         self._thread.start()
+        self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Ends what runs after its current token; refuses what waits."""
+        """Ends what runs after its current token; refuses what waits. A thread that is stuck is left to itself."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        if self._watcher is not None and self._thread is not None:
+            was_stuck = self._watcher.done()
+            self._watcher.cancel()
+            if not was_stuck:
+                await asyncio.to_thread(self._thread.join)
 
     @property
     def queued(self) -> int:
@@ -254,6 +267,19 @@ class Generations:
                 return await row.events.get()
         except TimeoutError:
             return DeadlinePassed((time.perf_counter() - row.since_s) * 1000)
+
+    async def _watch(self) -> None:
+        """Waits for the thread to be stuck, and gives up on it then."""
+        # ASYNC110: a thread that is stuck sets no event.
+        while (since_s := self._busy_since_s) is None or time.perf_counter() - since_s < self._stuck_after_s:  # noqa: ASYNC110
+            await asyncio.sleep(min(1.0, self._stuck_after_s / 10))
+        why = f"a step has computed for {self._stuck_after_s:g} s"
+        _log.error("a describer is stuck and given up", model=self._name, after_s=self._stuck_after_s)
+        self._stopping = True  # whoever comes is refused
+        error = ExecutorStuck(self._name, self._stuck_after_s)
+        reading = (self._reading[0],) if self._reading else ()
+        _put([(row, error) for row in (*self._rows, *reading, *self._line)])
+        self._on_stuck(why)
 
     # ---- the model's thread
 

@@ -18,7 +18,7 @@ from tests.vision_server.describers.fake_model import END, FakeModel, Gate, prom
 from vision_server.describers.language_model import LanguageModel
 from vision_server.describers.prompts import Prompt
 from vision_server.describers.scheduler import Generations, is_out_of_memory
-from vision_server.errors import AnswerTooLong, DeadlinePassed, Draining, Fault, MemoryRanOut, QueueFull
+from vision_server.errors import AnswerTooLong, DeadlinePassed, Draining, ExecutorStuck, Fault, MemoryRanOut, QueueFull
 from vision_server.requests import GenerateOptions, Priority
 from vision_server.results import FinishReason
 
@@ -370,6 +370,22 @@ async def test_stopping_tells_those_who_run_and_those_who_wait() -> None:
             await task
     with pytest.raises(Draining):
         await answer(generations, prompt(10), TEN)
+
+
+async def test_a_step_that_never_ends_is_given_up_and_everyone_is_told() -> None:
+    model = FakeModel()
+    gate = Gate(model.rows)
+    told: list[str] = []
+    generations = Generations(model, max_running=1, max_queued=8, stuck_after_s=0.3, on_stuck=told.append)
+    generations.start()
+    tasks = [await begin(generations, prompt(first), TEN) for first in (10, 100)]
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(outcome, ExecutorStuck)
+    assert told == ["a step has computed for 0.3 s"]
+    with pytest.raises(Draining):
+        await answer(generations, prompt(10), TEN)
+    await generations.stop()  # does not wait for what never ends
+    gate.open()
 
 
 async def test_pictures_are_looked_at_ahead_when_there_is_time() -> None:

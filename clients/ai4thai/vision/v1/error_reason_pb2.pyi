@@ -38,7 +38,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE: the model is loading; retry after RetryInfo."""
     ERROR_REASON_MODEL_FAILED: _ErrorReason.ValueType  # 7
     """FAILED_PRECONDITION: the model could not be loaded; the message says why. UNAVAILABLE: it computes no more, and the server
-    has to be started again.
+    has to be started again; or, with RetryInfo, the server elsewhere that runs it is away.
     """
     ERROR_REASON_WRONG_TASK: _ErrorReason.ValueType  # 8
     """INVALID_ARGUMENT: the model does another task (a describer asked to detect)."""
@@ -86,7 +86,7 @@ ERROR_REASON_MODEL_LOADING: ErrorReason.ValueType  # 6
 """UNAVAILABLE: the model is loading; retry after RetryInfo."""
 ERROR_REASON_MODEL_FAILED: ErrorReason.ValueType  # 7
 """FAILED_PRECONDITION: the model could not be loaded; the message says why. UNAVAILABLE: it computes no more, and the server
-has to be started again.
+has to be started again; or, with RetryInfo, the server elsewhere that runs it is away.
 """
 ERROR_REASON_WRONG_TASK: ErrorReason.ValueType  # 8
 """INVALID_ARGUMENT: the model does another task (a describer asked to detect)."""

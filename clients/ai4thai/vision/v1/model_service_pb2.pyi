@@ -127,15 +127,17 @@ class Model(_message.Message):
     name: _builtins.str
     """Its name in requests."""
     version: _builtins.str
-    """What stands behind the `@` of its file's name, else a short hash of its weights. `name@version` calls this one and no other."""
+    """What stands behind the `@` of its file's name, else a short hash of its weights, or the id that the server
+    elsewhere which runs it has for it. `name@version` calls this one and no other.
+    """
     task: Global___Task.ValueType
     """What it is for."""
     engine: _builtins.str
-    """What runs it: `pytorch`, `openvino`, `onnxruntime`, `tensorrt`, `transformers`."""
+    """What runs it: `pytorch`, `openvino`, `onnxruntime`, `tensorrt`, `transformers`; `openai`: a server elsewhere with that interface."""
     precision: _builtins.str
-    """The numbers it computes with: `fp32`, `fp16`, `bf16`, `int8`, `nf4`."""
+    """The numbers it computes with: `fp32`, `fp16`, `bf16`, `int8`, `nf4`. Empty: it is computed elsewhere."""
     device: _builtins.str
-    """Where it runs: `cpu`, `cuda:0`."""
+    """Where it runs: `cpu`, `cuda:0`; `remote`: on a server elsewhere."""
     state: Global___ModelState.ValueType
     """Where it is in its life."""
     load_progress: _builtins.float
