@@ -145,8 +145,8 @@ class VisionSettings(BaseSettings):
         60.0,
         gt=0,
         description="A batch that computes longer than this is given up: its callers are told, its executor is built anew; the "
-        "second time the server fails its liveness, so that it is started again. A describer does so at once, after a step as long (on "
-        "the CPU ten times as long).",
+        "second time the server fails its liveness, so that it is started again. A describer does so at once, after a step as "
+        "long (on the CPU ten times as long).",
     )
     max_streams: int = Field(256, ge=1, description="DetectStream calls at once; more get RESOURCE_EXHAUSTED.")
     max_stream_in_flight: int = Field(16, ge=1, le=1024, description="Frames of one stream worked on at once.")
