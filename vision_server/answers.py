@@ -9,7 +9,7 @@ from contextlib import ExitStack, aclosing
 
 from vision_server.admission import Admission
 from vision_server.describers.describer import PicturedTurn
-from vision_server.detections import Detections
+from vision_server.detections import Detections, Onlooker
 from vision_server.grounding import ground
 from vision_server.images import Image, Images
 from vision_server.models import Models
@@ -68,18 +68,36 @@ class Answers:
         deadline_s: float | None = None,
         priority: Priority = Priority.STANDARD,
     ) -> Analysis:
-        """The objects first, then the answer, grounded in them; the image is decoded once. Raises a ServiceError."""
+        """The objects first, then the answer, grounded in them; meanwhile the describer looks. Raises a ServiceError."""
         since_s = time.perf_counter()
         with self._models.use_describer(model, "model") as loaded:
             describer = loaded.describer
             describer.check_room(priority)
             self._detections.check(detect_options, "detect_options")
-            seen = await self._detections.detect(source, detect_options, deadline_s, priority=priority, whole=True)
-            asked = ground(question, [found.label for found in seen.answer.detections])
-            conversation = [PicturedTurn(Role.USER, (seen.image, asked))]
-            prompt = await describer.prepare(conversation)
+            looks: list[asyncio.Task[None]] = []
+
+            def look(image: Image) -> None:
+                looks.append(asyncio.create_task(describer.look(image)))
+
+            try:
+                with ExitStack() as places:
+                    onlooker = Onlooker(look, places)
+                    seen = await self._detections.detect(
+                        source, detect_options, deadline_s, priority=priority, onlooker=onlooker
+                    )
+                    found = seen.answer
+                    asked = ground(
+                        question, found.detections, found.classes, width_px=found.width_px, height_px=found.height_px
+                    )
+                    prompt = await describer.prepare([PicturedTurn(Role.USER, (seen.image, asked))])
+                    # What it is still reading it would begin to read once more; a deadline that passes stream() tells.
+                    left_s = None if deadline_s is None else max(0.0, deadline_s - time.perf_counter())
+                    await asyncio.wait(looks, timeout=left_s)
+            finally:
+                for begun in looks:
+                    begun.cancel()
             pieces = describer.stream(prompt, options, priority=priority, deadline_s=deadline_s, since_s=since_s)
-            return Analysis(seen.answer, await _whole(pieces))
+            return Analysis(found, await _whole(pieces))
 
 
 async def _whole(answer: AsyncGenerator[str | GenerateSummary, None]) -> GenerateSummary:

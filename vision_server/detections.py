@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 from serving.errors import ServiceError
 from vision_server import metrics
-from vision_server.admission import Admission
+from vision_server.admission import Admission, Place
 from vision_server.annotate import annotate
 from vision_server.detector import DetectItem
 from vision_server.errors import InvalidField
-from vision_server.images import Image, Images
+from vision_server.images import Decoded, Image, Images
 from vision_server.loaded import LoadedDetector
 from vision_server.masks import draw_masks, with_masks
 from vision_server.models import Models
@@ -30,6 +32,17 @@ class Seen:
 
     answer: Answer
     image: Image
+
+
+@dataclass(frozen=True, slots=True)
+class Onlooker:
+    """Somebody else who looks at the picture: `see` is handed all its pixels while the detector is still at work.
+
+    The picture's place goes into `places`, to be given back by whoever holds the picture longest.
+    """
+
+    see: Callable[[Image], object]
+    places: ExitStack
 
 
 class Detections:
@@ -69,17 +82,17 @@ class Detections:
         *,
         priority: Priority = Priority.STANDARD,
         patient: bool = False,
-        whole: bool = False,
+        onlooker: Onlooker | None = None,
         follow: Follow | None = None,
     ) -> Seen:
         """Raises a ServiceError; `deadline_s` is a moment of time.perf_counter(). `patient`: waits when the server is full.
 
-        `whole`: the caller looks at the picture too, and is given all its pixels. `follow` is handed what was found and
-        answers it numbered, before masks are made and boxes drawn.
+        `onlooker` sees the picture too. `follow` is handed what was found and answers it numbered, before masks are made and
+        boxes drawn.
         """
         try:
             with self._models.use_detector(options.model, "options.model") as model:
-                seen = await self._detect(model, source, options, deadline_s, priority, patient, whole, follow)
+                seen = await self._detect(model, source, options, deadline_s, priority, patient, onlooker, follow)
         except ServiceError as error:
             metrics.IMAGES.labels(error.reason).inc()
             raise
@@ -94,7 +107,7 @@ class Detections:
         deadline_s: float | None,
         priority: Priority,
         patient: bool,
-        whole: bool,
+        onlooker: Onlooker | None,
         follow: Follow | None,
     ) -> Seen:
         began_s = time.perf_counter()
@@ -103,9 +116,9 @@ class Detections:
         enter, size_bytes = self._admission, source.size_bytes
         if not patient:
             batcher.check_room(priority)  # before anything is decoded
-        with (
-            await enter.enter_when_free(size_bytes, priority) if patient else enter.enter(size_bytes, priority) as place
-        ):
+        with ExitStack() as own_places:
+            place = await enter.enter_when_free(size_bytes, priority) if patient else enter.enter(size_bytes, priority)
+            (onlooker.places if onlooker else own_places).enter_context(place)
             decoded, fitted = await self._images.decode_then(
                 source,
                 place,
@@ -113,15 +126,20 @@ class Detections:
                 detector.card.input_size_px,
                 shorter_side=model.card.task is Task.CLASSIFY,
             )
+            looked_at = options.annotate or onlooker is not None
+            looking = asyncio.create_task(self._whole(decoded, source, place, onlooker)) if looked_at else None
+            try:
+                item = DetectItem(fitted, options, class_ids)
+                batched = await batcher.submit(item, deadline_s=deadline_s, priority=priority)
+                found = batched.result
+                detections = found.detections if follow is None else await follow(decoded.image, found.detections)
+                if looking is not None:
+                    decoded = await looking
+            finally:
+                if looking is not None:
+                    looking.cancel()
+                    await asyncio.gather(looking, return_exceptions=True)
             image, decode_ms = decoded.image, decoded.decode_ms
-            item = DetectItem(fitted, options, class_ids)
-            batched = await batcher.submit(item, deadline_s=deadline_s, priority=priority)
-            found = batched.result
-            detections = found.detections if follow is None else await follow(image, found.detections)
-            if image.reduction > 1 and (whole or options.annotate):
-                # Once more, for eyes: what is found must not depend on who else looks at the picture.
-                again = await self._images.decode(source, place)
-                image, decode_ms = again.image, decode_ms + again.decode_ms
             picture, drawing_ms = b"", 0.0
             if options.annotate or (options.masks and found.masks):
                 detections, picture, drawing_ms = await self._images.run(
@@ -142,6 +160,18 @@ class Detections:
             model.name, version, image.width_px, image.height_px, detections, found.classes, timings, picture
         )
         return Seen(answer, image)
+
+    async def _whole(self, decoded: Decoded, source: ImageSource, place: Place, onlooker: Onlooker | None) -> Decoded:
+        """The picture for eyes, handed to the onlooker; where the detector's was reduced, decoded once more, all of it.
+
+        The detector keeps its own, so that what is found does not depend on who else looks at the picture.
+        """
+        if decoded.image.reduction > 1:
+            again = await self._images.decode(source, place)
+            decoded = Decoded(again.image, decoded.decode_ms + again.decode_ms)
+        if onlooker is not None:
+            onlooker.see(decoded.image)
+        return decoded
 
 
 def _class_ids(model: LoadedDetector, options: DetectOptions, field: str) -> tuple[int, ...] | None:

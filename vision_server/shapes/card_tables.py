@@ -75,6 +75,21 @@ def describer_table(measured: dict[str, dict[str, Any]]) -> str:
     return _table(["exact answers", *sources], rows)
 
 
+def quantized_table(measured: dict[str, dict[str, Any]]) -> str:
+    """One column a quantization: exact answers by question kind and language, memory, speed."""
+    shown = measured.values()
+    rows = [
+        [f"{kind} ({language})", *(f"{one['exact_by_kind'][f'{kind} {language}']:.3f}" for one in shown)]
+        for kind in KINDS
+        for language in LANGUAGES
+    ]
+    rows.append(["**all**", *(f"**{one['exact']:.3f}**" for one in shown)])
+    rows.append(["questions", *(str(one["questions"]) for one in shown)])
+    rows.append(["memory of the weights", *(f"{one['memory_bytes'] / 1e6:.1f} MB" for one in shown)])
+    rows.append(["tokens a second of one CPU core", *(f"{one['tokens_per_cpu_second']:.0f}" for one in shown)])
+    return _table(["exact answers", *measured], rows)
+
+
 def figures(report: dict[str, Any]) -> str:
     """All tables as Markdown."""
     parts = [f"Seed {report['seed']}, far from every training seed."]
@@ -82,6 +97,7 @@ def figures(report: dict[str, Any]) -> str:
         parts += [f"**{title}**: {compared}", figures_table(report[name], FINDER_ROWS)]
     parts += ["**Classifier**", figures_table(report["classifier"], CLASSIFIER_ROWS)]
     parts += ["**Describer**", describer_table(report["describer"])]
+    parts += ["**Describer, quantized**: on a CPU", quantized_table(report["describer_quantized"])]
     return "\n\n".join(parts)
 
 

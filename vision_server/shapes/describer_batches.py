@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from vision_server.grounding import counted
 from vision_server.shapes.describer_model import END, IMAGE, IMAGE_PX, PATCH_PX, PATCHES
+from vision_server.shapes.imagined_detections import imagine_detections
 from vision_server.shapes.patch_truth import Summary, patch_truth, summarise
 from vision_server.shapes.questions import KINDS, LANGUAGES, Pair, ask, grounded
 from vision_server.shapes.scenes import DESCRIBER_STYLE, Scene, SceneStyle, draw_scene
@@ -18,7 +20,9 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 ASPECTS = (1.0, 1.0, 4 / 3, 4 / 3, 3 / 2, 16 / 9)
-GROUNDED_SHARE = 0.25
+# Of the questions, how many come with what a detector found, and how many with the counts of it alone.
+GROUNDED_SHARE = 0.6
+COUNTED_SHARE = 0.05
 SYSTEM_SHARE = 0.3
 FOLLOW_UP_SHARE = 0.15
 
@@ -95,15 +99,19 @@ def draw_pictures(rng: np.random.Generator, count: int, style: SceneStyle = DESC
 
 
 def draw_pair(rng: np.random.Generator, scene: Scene, kinds: Sequence[str], first_kind: str) -> Pair:
-    """A question of the first kind, or of any if this scene allows none; every fourth with what a detector found."""
+    """A question of the first kind, or of any if this scene allows none; most of them with what a detector found."""
     kind = first_kind
     while True:
         pair = ask(rng, scene.shapes, kind, LANGUAGES[int(rng.integers(len(LANGUAGES)))])
         if pair is not None:
             break
         kind = kinds[int(rng.integers(len(kinds)))]
-    if rng.random() < GROUNDED_SHARE:
-        return replace(pair, question=grounded(pair.question, [shape.label for shape in scene.shapes]))
+    form = rng.random()
+    if form < GROUNDED_SHARE:
+        return replace(pair, question=grounded(pair.question, imagine_detections(rng, scene), scene.image))
+    if form < GROUNDED_SHARE + COUNTED_SHARE:
+        found = imagine_detections(rng, scene)
+        return replace(pair, question=f"{counted(one.label for one in found)}\n{pair.question}")
     return pair
 
 

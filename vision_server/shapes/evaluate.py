@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vision_server.results import Detection
 from vision_server.shapes.held_out import (
     HELD_OUT_SEED,
     HeldOutScene,
@@ -27,11 +28,12 @@ from vision_server.shapes.measure import (
     NAMED_POINTS,
     TURNED_BOXES,
     Finding,
+    find,
     load_yolo,
     measure_finding,
     measure_naming,
 )
-from vision_server.shapes.questions import KINDS, LANGUAGES, Pair, ask, grounded
+from vision_server.shapes.questions import KINDS, LANGUAGES, Pair, ask, detection, grounded
 from vision_server.shapes.scenes import Image as ImageArray
 from vision_server.torchvision_ops import install
 
@@ -43,6 +45,9 @@ POSE = WEIGHTS / "shapes-pose.pt"
 CLASSIFIER = WEIGHTS / "shapes-classifier.pt"
 DESCRIBER = WEIGHTS / "shapes-describer"
 BATCH = 32
+# As the server's VISION_QUANTIZATION names them.
+QUANTIZATIONS = ("none", "int8", "nf4")
+SPEED_SCENES = 10
 
 # What finds shapes, under the name the report has for it.
 FINDERS: dict[str, tuple[Path, Finding[Any]]] = {
@@ -65,16 +70,32 @@ def measure_detector(model: Any, scenes: Sequence[HeldOutScene]) -> dict[str, fl
 
 
 class Describer:
-    """The shipped describer, loaded as any user would load it."""
+    """The shipped describer, loaded as any user would load it, or as the server does when told to quantize it."""
 
-    def __init__(self, folder: Path = DESCRIBER) -> None:
+    def __init__(self, folder: Path = DESCRIBER, quantization: str = "none") -> None:
         install()
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+        configs: dict[str, dict[str, Any]] = {
+            "int8": {"load_in_8bit": True},
+            "nf4": {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": torch.float32,
+            },
+        }
+        config = configs.get(quantization)
         self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         self._model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            quantization_config=None if config is None else BitsAndBytesConfig(**config),
         ).eval()
+        self.memory_bytes = int(self._model.get_memory_footprint())
+        self.token_count = 0
+        """Tokens of all answers so far."""
 
     def answer(self, asked: Sequence[tuple[ImageArray, str]]) -> list[str]:
         """Greedy answers, in the order asked."""
@@ -103,6 +124,7 @@ class Describer:
             with torch.inference_mode():
                 tokens = self._model.generate(**inputs, max_new_tokens=64, do_sample=False)
             fresh = tokens[:, inputs["input_ids"].shape[1] :]
+            self.token_count += int((fresh != self._model.generation_config.pad_token_id).sum())
             answers += [text.strip() for text in self._processor.batch_decode(fresh, skip_special_tokens=True)]
         return answers
 
@@ -118,15 +140,23 @@ def draw_pairs(scenes: Sequence[HeldOutScene], seed: int) -> Iterator[tuple[Held
                     yield scene, pair
 
 
+def look_with(detector: Any, scenes: Sequence[HeldOutScene]) -> list[list[Detection]]:
+    """What the detector finds in each scene at the usual threshold, surest first."""
+    return [[detection(*found) for found in find(detector, scene, BOXES)] for scene in scenes]
+
+
 def measure_describer(
-    model: Describer, scenes: Sequence[HeldOutScene], seed: int, with_objects: bool
+    model: Describer, scenes: Sequence[HeldOutScene], seed: int, detector: Any = None
 ) -> dict[str, Any]:
-    """Share of answers that are exactly right, by kind and language, and by how many shapes there are."""
+    """Share of answers that are exactly right, by kind and language, and by how many shapes there are.
+
+    With a `detector` every question comes grounded in what it finds, mistakes and all, as Analyze asks.
+    """
     pairs = list(draw_pairs(scenes, seed))
-    asked = []
-    for scene, pair in pairs:
-        labels = [shape.label for shape in scene.shapes]
-        asked.append((scene.image, grounded(pair.question, labels) if with_objects else pair.question))
+    asked = [(scene.image, pair.question) for scene, pair in pairs]
+    if detector is not None:
+        seen = {id(scene): found for scene, found in zip(scenes, look_with(detector, scenes), strict=True)}
+        asked = [(s.image, grounded(pair.question, seen[id(s)], s.image)) for s, pair in pairs]
     right: dict[str, list[bool]] = defaultdict(list)
     by_amount: dict[int, list[bool]] = defaultdict(list)
     wrong = []
@@ -162,22 +192,44 @@ def evaluate_yolo(name: str, count: int, seed: int) -> dict[str, dict[str, float
 
 
 def evaluate_describer(folder: Path, count: int, seed: int) -> dict[str, dict[str, Any]]:
-    """The describer on `count` scenes of each source, with and without the detected objects before the question."""
-    describer = Describer(folder)
+    """The describer on `count` scenes of each source, with and without what the detector found before the question."""
+    describer, detector = Describer(folder), load_detector()
     sources = {
         "generator": generator_scenes(count, seed + 1, detector=False),
         "foreign": foreign_scenes(count, seed + 50_000),
     }
     return {
-        f"{source} grounded" if with_objects else source: measure_describer(describer, scenes, seed, with_objects)
+        f"{source} grounded" if looks else source: measure_describer(
+            describer, scenes, seed, detector if looks else None
+        )
         for source, scenes in sources.items()
-        for with_objects in (False, True)
+        for looks in (False, True)
     }
+
+
+def evaluate_quantized(folder: Path, count: int, seed: int) -> dict[str, dict[str, Any]]:
+    """The describer under each quantization, on `count` scenes of each source; the same questions, not grounded."""
+    scenes = [
+        *generator_scenes(count, seed + 1, detector=False),
+        *foreign_scenes(count, seed + 50_000),
+    ]
+    measured = {}
+    for quantization in QUANTIZATIONS:
+        describer = Describer(folder, quantization)
+        figures = measure_describer(describer, scenes, seed)
+        # One at a time, in CPU seconds: other work on the machine does not count.
+        tokens, began_s = describer.token_count, time.process_time()
+        for scene in scenes[: 2 * SPEED_SCENES : 2]:
+            describer.answer([(scene.image, "Describe the picture.")])
+        figures["tokens_per_cpu_second"] = round((describer.token_count - tokens) / (time.process_time() - began_s), 1)
+        figures["memory_bytes"] = describer.memory_bytes
+        measured[quantization] = figures
+    return measured
 
 
 def parse_arguments() -> argparse.Namespace:
     """Which models, on how many scenes."""
-    models = [*FINDERS, "classifier", "describer"]
+    models = [*FINDERS, "classifier", "describer", "describer_quantized"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, help="write the JSON here as well; models not measured now keep their figures"
@@ -186,6 +238,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     parser.add_argument("--yolo-scenes", type=int, default=150, help="of each source, for all but the describer")
     parser.add_argument("--describer-scenes", type=int, default=100, help="of each source")
+    parser.add_argument("--quantized-scenes", type=int, default=30, help="of each source")
     parser.add_argument("--describer", type=Path, default=DESCRIBER, help="folder of the describer to measure")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -202,6 +255,8 @@ def main() -> None:
     for name in arguments.models:
         if name == "describer":
             report[name] = evaluate_describer(arguments.describer, arguments.describer_scenes, arguments.seed)
+        elif name == "describer_quantized":
+            report[name] = evaluate_quantized(arguments.describer, arguments.quantized_scenes, arguments.seed)
         else:
             report[name] = evaluate_yolo(name, arguments.yolo_scenes, arguments.seed)
     report["wall_seconds"] = round(time.time() - started)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vision_server.grounding import ground
+from vision_server.results import Box, Detection
 from vision_server.shapes.palette import COLOURS
-from vision_server.shapes.scenes import LABELS, Shape
+from vision_server.shapes.scenes import LABELS, Image, Shape
 from vision_server.shapes.wordings import (
     ENGLISH_PICTURES,
     ENGLISH_PLURALS,
@@ -38,9 +39,15 @@ class Pair:
     colour: str = ""
 
 
-def grounded(question: str, labels: Sequence[str]) -> str:
-    """The question as a server asks it after its detector has looked: what was found, then the question."""
-    return ground(question, labels)
+def grounded(question: str, found: Sequence[Detection], picture: Image) -> str:
+    """The question as a server asks it after its detector has looked."""
+    height_px, width_px = picture.shape[:2]
+    return ground(question, found, width_px=width_px, height_px=height_px)
+
+
+def detection(label: str, confidence: float, box: Sequence[float]) -> Detection:
+    """What a detector says of a shape; the box is x0, y0, x1, y1 in pixels."""
+    return Detection(label, LABELS.index(label), confidence, Box(*box))
 
 
 def _english_list(words: Sequence[str]) -> str:
