@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks import describer
 from benchmarks.__main__ import SHORT
+from benchmarks.language_models import SHAPES, random
 from benchmarks.layers import GARBAGE, LOOP, layer_of
 from benchmarks.overload import recovered_after_s
 from benchmarks.pages import Outsiders, Page
 from benchmarks.processes import ENVIRONMENT, ROOT
 from benchmarks.soak import Rest, Soaked
+from vision_server.describers.language_model import Limits
 
 
 def test_without_a_gpu_its_benchmark_says_so_and_exits_with_2() -> None:
@@ -139,3 +142,19 @@ def test_a_soak_fails_for_one_unexplained_error_or_kind_of_work_that_was_never_d
     one.work.unexplained.append("detects: INTERNAL INTERNAL: boom")
     one.work.done.clear()
     assert one.problems == ["unexplained: detects: INTERNAL INTERNAL: boom", "never done: detects"]
+
+
+def test_generations_together_are_measured_against_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(describer, "TOGETHER", (1, 16))
+    monkeypatch.setattr(describer, "TOKENS", 6)
+    monkeypatch.setattr(describer, "ARRIVALS", 4)
+    page = Page("describer", "Trial")
+    model = random(SHAPES["tiny"], tmp_path / "tiny", Limits(max_rows=16))
+
+    describer.measure_model(page, model, requests=16, threads=[1], goal=None)
+
+    rows = re.findall(r"^\| (\d+) together \| ([\d.]+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \|$", page.text, re.MULTILINE)
+    assert [row[0] for row in rows] == ["1", "16"]
+    assert all(float(figure) > 0 for row in rows for figure in row[1:4])
+    assert re.search(r"^\| 0 \| [\d.]+ \| [\d.]+ \| 1 \|$", page.text, re.MULTILINE)
+    assert page.missed == []

@@ -100,7 +100,9 @@ class VisionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Analyze(self, request, context):
-        """Finds the objects in one image and answers a question about it, the text grounded in the detections. The image is decoded once.
+        """Finds the objects in one image and answers a question about it, the text grounded in the detections. The image is
+        decoded once; a JPEG far larger than the detector needs is decoded reduced for it, so that it finds what Detect finds, and whole
+        for the describer meanwhile.
         Errors: those of Detect and Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

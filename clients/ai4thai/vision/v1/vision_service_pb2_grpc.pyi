@@ -53,7 +53,9 @@ class VisionServiceStub:
     In JSON: one object a line (newline-delimited).
     """
     Analyze: _grpc.UnaryUnaryMultiCallable[_vision_service_pb2.AnalyzeRequest, _vision_service_pb2.AnalyzeResponse]
-    """Finds the objects in one image and answers a question about it, the text grounded in the detections. The image is decoded once.
+    """Finds the objects in one image and answers a question about it, the text grounded in the detections. The image is
+    decoded once; a JPEG far larger than the detector needs is decoded reduced for it, so that it finds what Detect finds, and whole
+    for the describer meanwhile.
     Errors: those of Detect and Generate.
     """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_vision_service_pb2.GetServerInfoRequest, _vision_service_pb2.GetServerInfoResponse]
@@ -84,7 +86,9 @@ class VisionServiceAsyncStub(VisionServiceStub):
     In JSON: one object a line (newline-delimited).
     """
     Analyze: _aio.UnaryUnaryMultiCallable[_vision_service_pb2.AnalyzeRequest, _vision_service_pb2.AnalyzeResponse]  # type: ignore[assignment]
-    """Finds the objects in one image and answers a question about it, the text grounded in the detections. The image is decoded once.
+    """Finds the objects in one image and answers a question about it, the text grounded in the detections. The image is
+    decoded once; a JPEG far larger than the detector needs is decoded reduced for it, so that it finds what Detect finds, and whole
+    for the describer meanwhile.
     Errors: those of Detect and Generate.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_vision_service_pb2.GetServerInfoRequest, _vision_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
@@ -136,7 +140,9 @@ class VisionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _vision_service_pb2.AnalyzeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_vision_service_pb2.AnalyzeResponse, _abc.Awaitable[_vision_service_pb2.AnalyzeResponse]]:
-        """Finds the objects in one image and answers a question about it, the text grounded in the detections. The image is decoded once.
+        """Finds the objects in one image and answers a question about it, the text grounded in the detections. The image is
+        decoded once; a JPEG far larger than the detector needs is decoded reduced for it, so that it finds what Detect finds, and whole
+        for the describer meanwhile.
         Errors: those of Detect and Generate.
         """
 
