@@ -51,10 +51,15 @@ class Answers:
                     PicturedTurn(turn.role, tuple(await asyncio.gather(*(pictured(part) for part in turn.parts))))
                     for turn in turns
                 ]
-                prompt = await describer.prepare(conversation)
-            async with aclosing(
-                describer.stream(prompt, options, priority=priority, deadline_s=deadline_s, since_s=since_s)
-            ) as pieces:
+                answer = describer.stream(
+                    await describer.prepare(conversation),  # which nobody here holds longer than the describer does
+                    options,
+                    priority=priority,
+                    deadline_s=deadline_s,
+                    since_s=since_s,
+                )
+                del conversation
+            async with aclosing(answer) as pieces:
                 async for piece in pieces:
                     yield piece
 
@@ -97,6 +102,7 @@ class Answers:
                 for begun in looks:
                     begun.cancel()
             pieces = describer.stream(prompt, options, priority=priority, deadline_s=deadline_s, since_s=since_s)
+            del prompt  # the describer lets go of the picture once it has read it
             return Analysis(found, await _whole(pieces))
 
 

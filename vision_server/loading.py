@@ -231,6 +231,7 @@ class Loader:
             model,
             max_running=self._settings.max_running_generations,
             max_queued=self._settings.max_queued_generations,
+            max_bytes=self._settings.max_queued_bytes,
             ageing_ms=self._settings.priority_ageing_ms,
             begin_thread=partial(_set_torch_threads, self._threads),
             on_failure=lambda error: loop.call_soon_threadsafe(self._on_failure, error),

@@ -121,7 +121,10 @@ class VisionSettings(BaseSettings):
         "STANDARD may fill 90 % of it, BATCH 75 %; frames of streams, which wait instead, one step less.",
     )
     max_queued_bytes: int = Field(
-        1 << 30, ge=1, description="Bytes that those images take, encoded and decoded; more get RESOURCE_EXHAUSTED."
+        1 << 30,
+        ge=1,
+        description="Bytes that those images take, encoded and decoded; more get RESOURCE_EXHAUSTED. As many again may the "
+        "questions take that a describer has not read yet.",
     )
     max_wait_ms: float = Field(
         5000.0,

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,15 @@ class Prompt:
     pictures: tuple[Picture, ...]
     prompt_tokens: int
     image_tokens: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its tensors; those of the pictures are views of them."""
+        return sum(int(getattr(tensor, "nbytes", 0)) for tensor in self.inputs.values())
+
+    def without_tensors(self) -> Prompt:
+        """Its counts alone, for when it has been read."""
+        return replace(self, inputs={}, pictures=())
 
 
 class PromptMaker:

@@ -90,6 +90,7 @@ class _Row:
     history: list[int] = field(default_factory=list)
     """The last token alone, or all, where the model looks at them."""
     tokens: int = 0
+    held_bytes: int = 0
     # Set by the caller's thread, read before each step by the model's.
     left: threading.Event = field(default_factory=threading.Event)
 
@@ -107,12 +108,15 @@ class Generations:
         *,
         max_running: int,
         max_queued: int,
+        max_bytes: int = 1 << 30,
         ageing_ms: float = 500.0,
         begin_thread: Callable[[], None] = lambda: None,
         on_failure: Callable[[Exception], object] = lambda _: None,
         stuck_after_s: float = 600.0,
         on_stuck: Callable[[str], object] = lambda _: None,
     ) -> None:
+        self._max_bytes = max_bytes
+        self._held_bytes = 0
         self._stuck_after_s = stuck_after_s
         self._on_stuck = on_stuck
         self._watcher: asyncio.Task[None] | None = None
@@ -210,6 +214,8 @@ class Generations:
         if self._loop is None or self._stopping:
             raise Draining()
         row = self._row(prompt, options, priority, deadline_s, since_s)
+        del prompt  # the row has it, and lets go of it once it has been read
+        self._hold(row)
         with self._changed:
             self._line.add(row, priority, time.perf_counter())
             self._changed.notify()
@@ -223,6 +229,7 @@ class Generations:
                     return
         finally:
             row.left.set()
+            self._release(row)
             with self._changed:
                 if not row.started_s:
                     self._line.remove(row)
@@ -256,6 +263,25 @@ class Generations:
             sampler=Sampler(temperature=options.temperature, top_p=options.top_p, seed=options.seed),
             history=ids if model.needs_history else ids[-1:],
         )
+
+    def _hold(self, row: _Row) -> None:
+        """Counts a prompt that is not read yet: its pictures' pixels may take hundreds of megabytes. Raises QueueFull."""
+        size_bytes = row.prompt.size_bytes
+        with self._changed:
+            if self._held_bytes and self._held_bytes + size_bytes > self._max_bytes:
+                raise QueueFull(
+                    what="bytes of prompts",
+                    waiting=self._held_bytes,
+                    limit=self._max_bytes,
+                    retry_after_s=self._whole_s,
+                )
+            self._held_bytes += size_bytes
+            row.held_bytes = size_bytes
+
+    def _release(self, row: _Row) -> None:
+        with self._changed:
+            self._held_bytes -= row.held_bytes
+            row.held_bytes = 0
 
     @staticmethod
     async def _next_event(row: _Row) -> Event:
@@ -344,6 +370,8 @@ class Generations:
                 continue
             if reading.done:
                 self._reading = None
+                row.prompt = row.prompt.without_tensors()
+                self._release(row)
                 self._joined += 1
                 row.number = self._joined
                 self._rows.append(row)

@@ -45,8 +45,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         self.is_initialized = True
 
     def resize(self) -> None:
-        """Moves to slots of the cache's present size; what is beyond it is lost."""
-        if not self.is_initialized:
+        """Moves to slots of the cache's present size, unless it has it; what is beyond it is lost."""
+        if not self.is_initialized or (self.keys.shape[0], self.keys.shape[2]) == (
+            self._cache.slots,
+            self._cache.tokens,
+        ):
             return
         old_keys, old_values = self.keys, self.values
         assert old_keys is not None and old_values is not None
@@ -143,8 +146,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
             tokens = self.tokens
         if slots * tokens > self._max_tokens:  # the caller has asked whether the rows fit as they are
             slots, tokens = len(ends), max(ends)
-        if (slots, tokens) == (self.slots, self.tokens):
-            return
         self.slots, self.tokens = slots, tokens
-        for layer in self.layers:  # one after the other: only one layer is there twice
+        # One after the other: only one layer is there twice. Each time, since memory may have run out halfway the last time.
+        for layer in self.layers:
             layer.resize()

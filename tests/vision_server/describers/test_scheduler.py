@@ -408,3 +408,26 @@ async def test_pictures_are_looked_at_ahead_when_there_is_time() -> None:
 )
 def test_out_of_memory_is_known_by_its_class_or_words(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+async def test_prompts_that_wait_are_bounded_by_their_bytes_and_let_go_once_read() -> None:
+    model = FakeModel()
+    gate = Gate(model.rows)
+    size_bytes = prompt(10, tokens=100).size_bytes
+    generations = Generations(model, max_running=1, max_queued=8, max_bytes=2 * size_bytes)
+    generations.start()
+    try:
+        tasks = [await begin(generations, prompt(10, tokens=100), TEN)]
+        await until(lambda: generations._rows)
+        assert generations._held_bytes == 0, "it has been read"
+        assert not generations._rows[0].prompt.inputs
+        tasks += [await begin(generations, prompt(first, tokens=100), TEN) for first in (200, 300)]
+        with pytest.raises(QueueFull) as refused:
+            await answer(generations, prompt(400, tokens=100), TEN)
+        gate.open()
+        await asyncio.gather(*tasks)
+        assert generations._held_bytes == 0
+        await answer(generations, prompt(400, tokens=300), TEN)  # one alone may be larger
+    finally:
+        await generations.stop()
+    assert "bytes of prompts" in refused.value.message
