@@ -29,6 +29,7 @@ from vision_server.describers.scheduler import Generations
 from vision_server.images import Image
 from vision_server.requests import GenerateOptions, Role
 from vision_server.results import GenerateSummary
+from vision_server.shapes.scenes import draw_scene
 
 TOGETHER = (1, 4, 8, 16)
 TOKENS = 48
@@ -61,6 +62,16 @@ def prompts(model: LanguageModel, count: int) -> list[Prompt]:
         return Image(rgb, 200, 160)
 
     return [model.prepare([PicturedTurn(Role.USER, (picture(), QUESTIONS[i % len(QUESTIONS)]))]) for i in range(count)]
+
+
+def thai(model: LanguageModel, count: int) -> list[Prompt]:
+    """Requests in Thai to describe a picture, each of its own."""
+    rng = np.random.default_rng(100 + count)
+    scenes = [draw_scene(rng, 400, 300) for _ in range(count)]
+    return [
+        model.prepare([PicturedTurn(Role.USER, (Image(np.asarray(scene.image), 400, 300), "อธิบายภาพนี้"))])
+        for scene in scenes
+    ]
 
 
 def sequential(model: LanguageModel, asked: Sequence[Prompt], threads: int) -> float:
@@ -230,6 +241,36 @@ def _first_tokens(page: Page, model: Endless, threads: int) -> None:
     )
 
 
+async def _streamed(generations: Generations, *, asked: Sequence[Prompt]) -> list[tuple[float, int, int, float]]:
+    """Of answers that run side by side: ms to the first piece, pieces, tokens, ms from first piece to the end."""
+
+    async def one(prompt: Prompt) -> tuple[float, int, int, float]:
+        began_s = time.perf_counter()
+        pieces, first_s, tokens = 0, 0.0, 0
+        async for event in generations.stream(prompt, GenerateOptions(max_new_tokens=TOKENS)):
+            if isinstance(event, GenerateSummary):
+                tokens = event.usage.completion_tokens
+            else:
+                first_s = first_s or time.perf_counter()
+                pieces += 1
+        return (first_s - began_s) * 1000, pieces, tokens, (time.perf_counter() - first_s) * 1000
+
+    return await asyncio.gather(*map(one, asked))
+
+
+def measure_pieces(page: Page, model: LanguageModel, threads: int) -> None:
+    """How Thai answers arrive: a cluster at a time, soon after their tokens."""
+    rows = []
+    for count in (1, 8):
+        asked = thai(model, count)
+        streamed = asyncio.run(_measured(model, threads, partial(_streamed, asked=asked)))
+        first_ms = statistics.median(one[0] for one in streamed)
+        per_s = statistics.median((one[1] - 1) / (one[3] / 1000) for one in streamed)
+        share = sum(one[1] for one in streamed) / sum(one[2] for one in streamed)
+        rows.append((count, f"{first_ms:.1f}", f"{per_s:.0f}", f"{share:.2f}"))
+    page.table(("Thai answers at once", "first piece p50, ms", "pieces/s of each", "pieces a token"), rows)
+
+
 async def _measured(model: Any, threads: int, run: Callable[[Generations], Awaitable[T]]) -> T:
     generations = Generations(
         model, max_running=max(TOGETHER), max_queued=1000, begin_thread=partial(torch.set_num_threads, threads)
@@ -248,6 +289,7 @@ def measure(_seconds: float, shape: str = "medium", device: str = "cpu") -> Page
     threads = sorted({1, cores})
     if device == "cpu":
         page.head(f"The shipped model ({SHIPPED_NAME})")
+        measure_pieces(page, shipped(LIMITS), cores)
         measure_model(page, shipped(LIMITS), requests=32, threads=threads, goal=3.0)
     with tempfile.TemporaryDirectory() as folder:
         kinds = ("none", "int8", "nf4") if device.startswith("cuda") else ("none",)

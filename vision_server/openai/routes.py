@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from ai4thai.vision.v1 import model_service_pb2, vision_service_pb2
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
@@ -48,6 +49,12 @@ ResultT = TypeVar("ResultT")
 _Answers = Answers[vision_service_pb2.GenerateResponse]
 
 
+class _ModelName(StringConvertor):
+    """With slashes, since one may be called `llava-hf/llava-1.5-7b-hf`; without the `:` of `…:load`, another method."""
+
+    regex = "[^:]+"
+
+
 class OpenAIRoutes:
     """OpenAI's face of the describers; `infos` tells which models there are now."""
 
@@ -73,11 +80,11 @@ class OpenAIRoutes:
 
     def routes(self) -> list[BaseRoute]:
         """The two model routes answer what ListModels and GetModel do, and OpenAI's fields beside it."""
+        register_url_convertor("model", _ModelName())
         return [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/models", self._list_models, methods=["GET"]),
-            # A path, since a describer may be called `llava-hf/llava-1.5-7b-hf`.
-            Route("/v1/models/{name:path}", self._get_model, methods=["GET"]),
+            Route("/v1/models/{name:model}", self._get_model, methods=["GET"]),
         ]
 
     async def _chat(self, request: Request) -> Response:
