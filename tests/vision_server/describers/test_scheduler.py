@@ -140,8 +140,12 @@ async def test_200_clients_that_leave_at_random_moments_leave_nothing_and_change
         leavers = [asyncio.ensure_future(leaver(number)) for number in range(200)]
         stayers = [await begin(generations, question, options) for question in staying * 2]
         await asyncio.gather(*leavers, return_exceptions=True)
+        # then: a second later at most none of them has a place any more, nor waits for one
+        async with asyncio.timeout(1):
+            while any(row.left.is_set() for row in (*generations._rows, *generations._line)):  # noqa: ASYNC110  # as in until()
+                await asyncio.sleep(0.002)
         texts = [(await stayer)[1].text for stayer in stayers]
-        # then: nothing runs a second later, and nobody's text has changed
+        # and nothing runs when those who stayed have been answered, as if they had been alone
         await until(lambda: not generations._rows and not generations.queued and generations._reading is None)
         tokens = metric("ai4thai_generated_tokens_total", model=describer.name)
         await asyncio.sleep(0.2)
