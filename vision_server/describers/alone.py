@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vision_server.describers.prompts import Prompt
-from vision_server.describers.reading import Reading, ReadPrompt, _on
+from vision_server.describers.reading import Reading, ReadPrompt, on_device
 from vision_server.describers.rows import Rows
 
 # generate() passes these to its own loops; the model's forward does not know them.
@@ -71,7 +71,7 @@ class _Row:
 
         # generate() prepares all that this architecture needs (cache, positions), then hands over to `capture`.
         self._swap_in()
-        inputs = _on(model, prompt.inputs)
+        inputs = on_device(model, prompt.inputs)
         model.generate(
             **inputs, max_new_tokens=1, do_sample=False, num_beams=1, use_cache=True, custom_generate=capture
         )

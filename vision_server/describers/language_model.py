@@ -148,15 +148,18 @@ class LanguageModel:
         )
         self._rows = self._open_rows()
 
-    def process(self, token_ids: Sequence[int], scores: Any) -> Any:
-        """One row's scores as the model's own generation config wants them changed (a repetition penalty)."""
+    def process(self, histories: Sequence[Sequence[int]], scores: Any) -> Any:
+        """The rows' scores as the model's own generation config wants them changed by what stands before (repetition penalty)."""
         if not self._processors:
             return scores
         import torch
 
         with torch.inference_mode():
-            ids = torch.tensor([list(token_ids)], device=scores.device)
-            return self._processors(ids, scores[None].clone())[0]
+            rows = (
+                self._processors(torch.tensor([list(ids)], device=scores.device), scores[row : row + 1].clone())
+                for row, ids in enumerate(histories)
+            )
+            return torch.cat(list(rows))
 
     @property
     def needs_history(self) -> bool:
@@ -197,9 +200,10 @@ class _Example:
     def of(cls, model: Any, prompt: Prompt) -> _Example:
         import torch
 
-        inputs = {name: value.to(model.device) for name, value in prompt.inputs.items()}
+        from vision_server.describers.reading import on_device
+
         answer = model.generate(
-            **inputs,
+            **on_device(model, prompt.inputs),
             min_new_tokens=_EXAMPLE_TOKENS,
             max_new_tokens=_EXAMPLE_TOKENS,
             do_sample=False,

@@ -101,7 +101,7 @@ class Reader:
     def _see(self, picture: Picture) -> Features:
         """Through the vision tower."""
         model = self._model
-        found = model.base_model.get_image_features(**_on(model, picture.inputs), return_dict=True)
+        found = model.base_model.get_image_features(**on_device(model, picture.inputs), return_dict=True)
         deepstack = getattr(found, "deepstack_features", None) or ()
         return Features(tuple(found.pooler_output), tuple(tuple(layer) for layer in deepstack))
 
@@ -115,7 +115,7 @@ class Reader:
         caught = _Caught()
         handle = self._decoder.register_forward_pre_hook(caught.take, with_kwargs=True)
         try:
-            model(**_on(model, inputs), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+            model(**on_device(model, inputs), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
         except _Caught as done:
             given = done.kwargs
         else:
@@ -173,7 +173,7 @@ def _last_position(positions: Any, count: int) -> int:
     return last.pop()
 
 
-def _on(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def on_device(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors on the model's device; fractions in its precision."""
     return {
         name: value.to(model.device, dtype=model.dtype if value.is_floating_point() else None)

@@ -65,8 +65,8 @@ class Model(Protocol):
     def is_end(self, token_id: int) -> bool:
         """Whether the model ended its answer with it."""
 
-    def process(self, token_ids: Sequence[int], scores: Any) -> Any:
-        """A row's scores as the model wants them changed."""
+    def process(self, histories: Sequence[Sequence[int]], scores: Any) -> Any:
+        """The rows' scores as the model wants them changed by what stands before."""
 
 
 @dataclass(slots=True, eq=False)
@@ -417,8 +417,7 @@ class Generations:
                     return
         rows = tuple(self._rows)
         if self._model.needs_history:
-            for index, row in enumerate(rows):
-                scores[index] = self._model.process(row.history, scores[index])
+            scores = self._model.process([row.history for row in rows], scores)
         tokens = choose(scores, [row.sampler for row in rows])
         self._step_s.observe(time.perf_counter() - began_s)
         self._step_rows.observe(len(rows))

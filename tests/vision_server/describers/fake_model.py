@@ -91,7 +91,7 @@ class FakeModel:
     def is_end(self, token_id: int) -> bool:
         return token_id == END
 
-    def process(self, token_ids: Sequence[int], scores: Any) -> Any:
+    def process(self, histories: Sequence[Sequence[int]], scores: Any) -> Any:
         return scores
 
 

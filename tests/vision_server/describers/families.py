@@ -15,7 +15,11 @@ import transformers as hf
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from vision_server import torchvision_ops
 from vision_server.weights import SHIPPED
+
+# Before the first of transformers' classes that needs torchvision is looked up.
+torchvision_ops.install()
 
 _WIDTH = 64
 _LLAVA_TEMPLATE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,19 @@ async def test_every_family_steps_together_as_generate_does_alone(family: str, t
     alone = [model.decode(reference(model, asked.prompt, asked.tokens)) for asked in mixed]
     assert await together(model, mixed, max_running=4) == alone
     assert len(set(alone)) > 3, "random weights still say different things"
+
+
+async def test_a_models_own_repetition_penalty_is_applied_as_generate_does(tmp_path: Path) -> None:
+    # Qwen-VL's published models have one.
+    families.qwen2_vl(tmp_path)
+    config = tmp_path / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "repetition_penalty": 1.5}))
+    model = LanguageModel.load("qwen2_vl", str(tmp_path), device="cpu", quantization="none", offline=True)
+    model.warm_up()
+    assert isinstance(model.rows, JoinedRows) and model.needs_history
+    mixed = mix(model, 7, 6, tokens=12)
+    alone = [model.decode(reference(model, asked.prompt, asked.tokens)) for asked in mixed]
+    assert await together(model, mixed, max_running=3) == alone
 
 
 async def test_a_family_that_cannot_is_stepped_in_turn_with_the_same_answers(tmp_path: Path) -> None:
