@@ -55,7 +55,7 @@ NEXT: Mapping[JobState, frozenset[JobState]] = {
 }
 """Which state may follow which."""
 
-KINDS = ("detect", "generate", "analyze")
+KINDS = ("detect", "generate", "analyze", "video")
 """The kinds of work that are served."""
 
 MAX_ATTEMPTS_KEPT = 20
@@ -82,6 +82,16 @@ class Attempt:
     start_ms: int
     end_ms: int
     worker: str
+    error: bytes = b""
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Where a job's end is told; `deliver_ms` 0: not taken yet; `error`: the last try's google.rpc.Status, or empty."""
+
+    url: str
+    attempt_count: int = 0
+    deliver_ms: int = 0
     error: bytes = b""
 
 
@@ -114,6 +124,11 @@ class Job:
     progress: Progress = NO_PROGRESS
     attempts: tuple[Attempt, ...] = ()
     error: bytes = b""
+    client: str = ""
+    held: bool = False
+    trace: str = ""
+    """The submitter's W3C `traceparent`; empty without one."""
+    webhook: Webhook | None = None
 
     @property
     def ended(self) -> bool:
@@ -161,6 +176,9 @@ class Submission:
     """The images that came along, by id."""
     media_ids: tuple[str, ...]
     """Every image the work needs, those that came along included, each once."""
+    client: str = ""
+    trace: str = ""
+    webhook_url: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from queue_server.jobs import Attempt, Job, JobState, Priority, Progress
+from queue_server.jobs import Attempt, Job, JobState, Priority, Progress, Webhook
 
 Fields = Mapping[str, str]
 """The fields of a record's hash."""
@@ -19,7 +19,7 @@ Fields = Mapping[str, str]
 # What a submission sets once; all other fields come from the changes.
 BORN = (
     *("id", "kind", "queue", "priority", "labels", "request_id"),
-    *("max_attempts", "created_ms", "not_before_ms", "deadline_ms"),
+    *("max_attempts", "created_ms", "not_before_ms", "deadline_ms", "client", "trace", "hook"),
 )
 
 
@@ -72,12 +72,16 @@ def read_job(fields: Fields) -> Job:
         progress=Progress(number("done"), number("total"), fields.get("msg", "")),
         attempts=_read_attempts(fields),
         error=base64.b64decode(fields.get("error", "")),
+        client=fields.get("client", ""),
+        held=fields.get("held") == "1" and fields["state"] == JobState.QUEUED,
+        trace=fields.get("trace", ""),
+        webhook=_read_webhook(fields),
     )
 
 
 def history(kept: Kept) -> list[Job]:
     """The job after each change that is kept, oldest first."""
-    fields = {**{name: kept.fields[name] for name in BORN}, **kept.base}
+    fields = {**{name: kept.fields.get(name, "") for name in BORN}, **kept.base}
     jobs = []
     for change in kept.changes:
         fields.update(change)
@@ -88,6 +92,17 @@ def history(kept: Kept) -> list[Job]:
 def write_status(status: bytes) -> str:
     """A serialised Status as it stands in a record."""
     return base64.b64encode(status).decode()
+
+
+def _read_webhook(fields: Fields) -> Webhook | None:
+    if not fields.get("hook"):
+        return None
+    return Webhook(
+        fields["hook"],
+        int(fields.get("hook_n") or 0),
+        int(fields.get("hook_ms") or 0),
+        base64.b64decode(fields.get("hook_error", "")),
+    )
 
 
 def _read_attempts(fields: Fields) -> tuple[Attempt, ...]:

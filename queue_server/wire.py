@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from queue_server.errors import InvalidField, JobNotFound
-from queue_server.jobs import Attempt, Job, JobFilter, JobState, Priority, Submission
+from queue_server.jobs import Attempt, Job, JobFilter, JobState, Priority, Submission, Webhook
 from queue_server.settings import QueueSettings
 from queue_server.statistics import QueueCounts, WorkerRecord
 from serving.errors import not_served_yet
@@ -292,6 +292,9 @@ def write_job(job: Job, result: bytes | None = None) -> job_pb2.Job:
         revision=job.revision,
         cancel_requested=job.cancel_requested,
         deadline=_time(job.deadline_ms),
+        client=job.client,
+        held=job.held,
+        webhook=_write_webhook(job.webhook),
     )
     if job.error:
         message.error.ParseFromString(job.error)
@@ -326,6 +329,17 @@ def write_worker(worker: WorkerRecord) -> queue_service_pb2.Worker:
         seen_time=_time(worker.seen_ms),
         ended_count=worker.ended_count,
     )
+
+
+def _write_webhook(webhook: Webhook | None) -> job_pb2.WebhookDelivery | None:
+    if webhook is None:
+        return None
+    message = job_pb2.WebhookDelivery(
+        url=webhook.url, attempt_count=webhook.attempt_count, deliver_time=_time(webhook.deliver_ms)
+    )
+    if webhook.error:
+        message.error.ParseFromString(webhook.error)
+    return message
 
 
 def _write_attempt(attempt: Attempt) -> job_pb2.JobAttempt:

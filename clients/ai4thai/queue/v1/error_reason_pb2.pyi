@@ -58,6 +58,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """In JobAttempt.error: the vision server could not be reached or was full; the attempt is made again."""
     ERROR_REASON_MESSAGE_UNREADABLE: _ErrorReason.ValueType  # 17
     """INVALID_ARGUMENT or RESOURCE_EXHAUSTED: the message as a whole cannot be read (JSON) or is too large."""
+    ERROR_REASON_MEDIA_INVALID: _ErrorReason.ValueType  # 18
+    """INVALID_ARGUMENT or RESOURCE_EXHAUSTED: the file is empty, larger than allowed, or not the one that its media_id or size announced."""
+    ERROR_REASON_JOB_LOST: _ErrorReason.ValueType  # 19
+    """NOT_FOUND: the job was accepted, but Redis came back from a restart without it (appendfsync everysec keeps all but the last
+    second of a power loss); submit it again, the same request_id is free again.
+    """
+    ERROR_REASON_VIDEO_UNREADABLE: _ErrorReason.ValueType  # 20
+    """In Job.error: the file cannot be read as a video; metadata says where."""
+    ERROR_REASON_RESULT_TOO_LARGE: _ErrorReason.ValueType  # 21
+    """In Job.error: the result is larger than what can be kept and sent."""
+    ERROR_REASON_WEBHOOK_FAILED: _ErrorReason.ValueType  # 22
+    """In WebhookDelivery.error: the receiver could not be reached, did not answer 2xx, or has a private address."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. ErrorInfo.reason is the value's name without `ERROR_REASON_`; ErrorInfo.domain is `queue.ai4thai`."""
@@ -98,4 +110,16 @@ ERROR_REASON_VISION_UNAVAILABLE: ErrorReason.ValueType  # 16
 """In JobAttempt.error: the vision server could not be reached or was full; the attempt is made again."""
 ERROR_REASON_MESSAGE_UNREADABLE: ErrorReason.ValueType  # 17
 """INVALID_ARGUMENT or RESOURCE_EXHAUSTED: the message as a whole cannot be read (JSON) or is too large."""
+ERROR_REASON_MEDIA_INVALID: ErrorReason.ValueType  # 18
+"""INVALID_ARGUMENT or RESOURCE_EXHAUSTED: the file is empty, larger than allowed, or not the one that its media_id or size announced."""
+ERROR_REASON_JOB_LOST: ErrorReason.ValueType  # 19
+"""NOT_FOUND: the job was accepted, but Redis came back from a restart without it (appendfsync everysec keeps all but the last
+second of a power loss); submit it again, the same request_id is free again.
+"""
+ERROR_REASON_VIDEO_UNREADABLE: ErrorReason.ValueType  # 20
+"""In Job.error: the file cannot be read as a video; metadata says where."""
+ERROR_REASON_RESULT_TOO_LARGE: ErrorReason.ValueType  # 21
+"""In Job.error: the result is larger than what can be kept and sent."""
+ERROR_REASON_WEBHOOK_FAILED: ErrorReason.ValueType  # 22
+"""In WebhookDelivery.error: the receiver could not be reached, did not answer 2xx, or has a private address."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61i4thai/queue/v1/job.proto\x12\x10\x61i4thai.queue.v1\x1a\x1b\x61i4thai/queue/v1/work.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xa6\x06\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.ai4thai.queue.v1.JobState\x12\r\n\x05queue\x18\x04 \x01(\t\x12,\n\x08priority\x18\x05 \x01(\x0e\x32\x1a.ai4thai.queue.v1.Priority\x12\x31\n\x06labels\x18\x06 \x03(\x0b\x32!.ai4thai.queue.v1.Job.LabelsEntry\x12,\n\x08progress\x18\x07 \x01(\x0b\x32\x1a.ai4thai.queue.v1.Progress\x12\x15\n\rattempt_count\x18\x08 \x01(\x05\x12\x14\n\x0cmax_attempts\x18\t \x01(\x05\x12.\n\x08\x61ttempts\x18\n \x03(\x0b\x32\x1c.ai4thai.queue.v1.JobAttempt\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fnot_before_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08revision\x18\x10 \x01(\x03\x12\x18\n\x10\x63\x61ncel_requested\x18\x11 \x01(\x08\x12-\n\x06result\x18\x12 \x01(\x0b\x32\x1b.ai4thai.queue.v1.JobResultH\x00\x12#\n\x05\x65rror\x18\x13 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12,\n\x08\x64\x65\x61\x64line\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07outcome\"I\n\x08Progress\x12\x17\n\x0f\x63ompleted_count\x18\x01 \x01(\x03\x12\x13\n\x0btotal_count\x18\x02 \x01(\x03\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xad\x01\n\nJobAttempt\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status*\xca\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13JOB_STATE_SCHEDULED\x10\x01\x12\x14\n\x10JOB_STATE_QUEUED\x10\x02\x12\x15\n\x11JOB_STATE_RUNNING\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x15\n\x11JOB_STATE_EXPIRED\x10\x07*i\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x15\n\x11PRIORITY_STANDARD\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61i4thai/queue/v1/job.proto\x12\x10\x61i4thai.queue.v1\x1a\x1b\x61i4thai/queue/v1/work.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xf8\x06\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.ai4thai.queue.v1.JobState\x12\r\n\x05queue\x18\x04 \x01(\t\x12,\n\x08priority\x18\x05 \x01(\x0e\x32\x1a.ai4thai.queue.v1.Priority\x12\x31\n\x06labels\x18\x06 \x03(\x0b\x32!.ai4thai.queue.v1.Job.LabelsEntry\x12,\n\x08progress\x18\x07 \x01(\x0b\x32\x1a.ai4thai.queue.v1.Progress\x12\x15\n\rattempt_count\x18\x08 \x01(\x05\x12\x14\n\x0cmax_attempts\x18\t \x01(\x05\x12.\n\x08\x61ttempts\x18\n \x03(\x0b\x32\x1c.ai4thai.queue.v1.JobAttempt\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fnot_before_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08revision\x18\x10 \x01(\x03\x12\x18\n\x10\x63\x61ncel_requested\x18\x11 \x01(\x08\x12-\n\x06result\x18\x12 \x01(\x0b\x32\x1b.ai4thai.queue.v1.JobResultH\x00\x12#\n\x05\x65rror\x18\x13 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12,\n\x08\x64\x65\x61\x64line\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x63lient\x18\x15 \x01(\t\x12\x0c\n\x04held\x18\x16 \x01(\x08\x12\x32\n\x07webhook\x18\x17 \x01(\x0b\x32!.ai4thai.queue.v1.WebhookDelivery\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07outcome\"\x8a\x01\n\x0fWebhookDelivery\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x15\n\rattempt_count\x18\x02 \x01(\x05\x12\x30\n\x0c\x64\x65liver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"I\n\x08Progress\x12\x17\n\x0f\x63ompleted_count\x18\x01 \x01(\x03\x12\x13\n\x0btotal_count\x18\x02 \x01(\x03\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xad\x01\n\nJobAttempt\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status*\xca\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13JOB_STATE_SCHEDULED\x10\x01\x12\x14\n\x10JOB_STATE_QUEUED\x10\x02\x12\x15\n\x11JOB_STATE_RUNNING\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x15\n\x11JOB_STATE_EXPIRED\x10\x07*i\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x15\n\x11PRIORITY_STANDARD\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,16 +36,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOB_LABELSENTRY']._loaded_options = None
   _globals['_JOB_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_JOBSTATE']._serialized_start=1196
-  _globals['_JOBSTATE']._serialized_end=1398
-  _globals['_PRIORITY']._serialized_start=1400
-  _globals['_PRIORITY']._serialized_end=1505
+  _globals['_JOBSTATE']._serialized_start=1419
+  _globals['_JOBSTATE']._serialized_end=1621
+  _globals['_PRIORITY']._serialized_start=1623
+  _globals['_PRIORITY']._serialized_end=1728
   _globals['_JOB']._serialized_start=136
-  _globals['_JOB']._serialized_end=942
-  _globals['_JOB_LABELSENTRY']._serialized_start=886
-  _globals['_JOB_LABELSENTRY']._serialized_end=931
-  _globals['_PROGRESS']._serialized_start=944
-  _globals['_PROGRESS']._serialized_end=1017
-  _globals['_JOBATTEMPT']._serialized_start=1020
-  _globals['_JOBATTEMPT']._serialized_end=1193
+  _globals['_JOB']._serialized_end=1024
+  _globals['_JOB_LABELSENTRY']._serialized_start=968
+  _globals['_JOB_LABELSENTRY']._serialized_end=1013
+  _globals['_WEBHOOKDELIVERY']._serialized_start=1027
+  _globals['_WEBHOOKDELIVERY']._serialized_end=1165
+  _globals['_PROGRESS']._serialized_start=1167
+  _globals['_PROGRESS']._serialized_end=1240
+  _globals['_JOBATTEMPT']._serialized_start=1243
+  _globals['_JOBATTEMPT']._serialized_end=1416
 # @@protoc_insertion_point(module_scope)

@@ -144,6 +144,9 @@ class Job(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     DEADLINE_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    WEBHOOK_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Its name in requests."""
     kind: _builtins.str
@@ -164,6 +167,10 @@ class Job(_message.Message):
     """Grows by one with every change, from 1."""
     cancel_requested: _builtins.bool
     """Whether someone asked to cancel it."""
+    client: _builtins.str
+    """Who submitted it, as the submission said."""
+    held: _builtins.bool
+    """Whether it waits although a worker is free: its queue is paused, or its client has its share of the workers already."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The submitter's own labels."""
@@ -208,6 +215,10 @@ class Job(_message.Message):
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """The deadline it was submitted with; absent: none."""
 
+    @_builtins.property
+    def webhook(self) -> Global___WebhookDelivery:
+        """Where its end is told and whether it was; absent without a webhook."""
+
     def __init__(
         self,
         *,
@@ -231,16 +242,57 @@ class Job(_message.Message):
         result: _work_pb2.JobResult | None = ...,
         error: _status_pb2.Status | None = ...,
         deadline: _timestamp_pb2.Timestamp | None = ...,
+        client: _builtins.str = ...,
+        held: _builtins.bool = ...,
+        webhook: Global___WebhookDelivery | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "end_time", b"end_time", "error", b"error", "expire_time", b"expire_time", "not_before_time", b"not_before_time", "outcome", b"outcome", "progress", b"progress", "result", b"result", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "end_time", b"end_time", "error", b"error", "expire_time", b"expire_time", "not_before_time", b"not_before_time", "outcome", b"outcome", "progress", b"progress", "result", b"result", "start_time", b"start_time", "webhook", b"webhook"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_count", b"attempt_count", "attempts", b"attempts", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "deadline", b"deadline", "end_time", b"end_time", "error", b"error", "expire_time", b"expire_time", "job_id", b"job_id", "kind", b"kind", "labels", b"labels", "max_attempts", b"max_attempts", "not_before_time", b"not_before_time", "outcome", b"outcome", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "revision", b"revision", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_count", b"attempt_count", "attempts", b"attempts", "cancel_requested", b"cancel_requested", "client", b"client", "create_time", b"create_time", "deadline", b"deadline", "end_time", b"end_time", "error", b"error", "expire_time", b"expire_time", "held", b"held", "job_id", b"job_id", "kind", b"kind", "labels", b"labels", "max_attempts", b"max_attempts", "not_before_time", b"not_before_time", "outcome", b"outcome", "priority", b"priority", "progress", b"progress", "queue", b"queue", "result", b"result", "revision", b"revision", "start_time", b"start_time", "state", b"state", "webhook", b"webhook"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class WebhookDelivery(_message.Message):
+    """Where a job's end is told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    ATTEMPT_COUNT_FIELD_NUMBER: _builtins.int
+    DELIVER_TIME_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """The URL."""
+    attempt_count: _builtins.int
+    """Tries made so far."""
+    @_builtins.property
+    def deliver_time(self) -> _timestamp_pb2.Timestamp:
+        """When the receiver took it; absent before, and when it never did."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why the last try failed; absent before the first and after success."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        attempt_count: _builtins.int = ...,
+        deliver_time: _timestamp_pb2.Timestamp | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deliver_time", b"deliver_time", "error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_count", b"attempt_count", "deliver_time", b"deliver_time", "error", b"error", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WebhookDelivery: _TypeAlias = WebhookDelivery  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):

@@ -57,6 +57,8 @@ class SubmitJobRequest(_message.Message):
     MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    WEBHOOK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's own name for this submission, at most 128 characters; kept for 24 hours. The same name with the same body gives the same
     job. Empty: every call makes a new job.
@@ -67,6 +69,10 @@ class SubmitJobRequest(_message.Message):
     """How soon the job is wanted. Default STANDARD."""
     max_attempts: _builtins.int
     """Attempts allowed, 1 to 20. 0 or absent: the server's default (3)."""
+    client: _builtins.str
+    """Who submits, 1 to 64 of a-z A-Z 0-9 - _ . @; the clients of one queue get equal shares of the workers. Empty: the call's
+    `x-client-id` metadata (or HTTP header), else one client that all who say nothing share.
+    """
     @_builtins.property
     def not_before_time(self) -> _timestamp_pb2.Timestamp:
         """Not to be run before. Absent: at once."""
@@ -83,6 +89,10 @@ class SubmitJobRequest(_message.Message):
     def work(self) -> _work_pb2.Work:
         """What to do. Required."""
 
+    @_builtins.property
+    def webhook(self) -> Global___Webhook:
+        """Where to tell the job's end. Absent: nowhere."""
+
     def __init__(
         self,
         *,
@@ -94,21 +104,52 @@ class SubmitJobRequest(_message.Message):
         max_attempts: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         work: _work_pb2.Work | None = ...,
+        client: _builtins.str = ...,
+        webhook: Global___Webhook | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "_not_before_time", b"_not_before_time", "deadline", b"deadline", "not_before_time", b"not_before_time", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "_not_before_time", b"_not_before_time", "_webhook", b"_webhook", "deadline", b"deadline", "not_before_time", b"not_before_time", "webhook", b"webhook", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "_not_before_time", b"_not_before_time", "deadline", b"deadline", "labels", b"labels", "max_attempts", b"max_attempts", "not_before_time", b"not_before_time", "priority", b"priority", "queue", b"queue", "request_id", b"request_id", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "_not_before_time", b"_not_before_time", "_webhook", b"_webhook", "client", b"client", "deadline", b"deadline", "labels", b"labels", "max_attempts", b"max_attempts", "not_before_time", b"not_before_time", "priority", b"priority", "queue", b"queue", "request_id", b"request_id", "webhook", b"webhook", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline: _TypeAlias = _typing.Literal["deadline"]  # noqa: Y015
     _WhichOneofArgType__deadline: _TypeAlias = _typing.Literal["_deadline", b"_deadline"]  # noqa: Y015
     _WhichOneofReturnType__not_before_time: _TypeAlias = _typing.Literal["not_before_time"]  # noqa: Y015
     _WhichOneofArgType__not_before_time: _TypeAlias = _typing.Literal["_not_before_time", b"_not_before_time"]  # noqa: Y015
+    _WhichOneofReturnType__webhook: _TypeAlias = _typing.Literal["webhook"]  # noqa: Y015
+    _WhichOneofArgType__webhook: _TypeAlias = _typing.Literal["_webhook", b"_webhook"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline) -> _WhichOneofReturnType__deadline | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__not_before_time) -> _WhichOneofReturnType__not_before_time | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__webhook) -> _WhichOneofReturnType__webhook | None: ...
 
 Global___SubmitJobRequest: _TypeAlias = SubmitJobRequest  # noqa: Y015
+
+@_typing.final
+class Webhook(_message.Message):
+    """Where to tell a job's end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """`https://…` (or `http://…` where the operator allows it). The end is POSTed there as JSON, signed as Standard Webhooks says
+    (webhook-id, webhook-timestamp, webhook-signature with HMAC-SHA256), and tried again for some hours until a 2xx answers. Private
+    addresses are refused unless the operator allows them.
+    """
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Webhook: _TypeAlias = Webhook  # noqa: Y015
 
 @_typing.final
 class SubmitJobResponse(_message.Message):
@@ -147,7 +188,7 @@ class BatchSubmitJobsRequest(_message.Message):
     REQUESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___SubmitJobRequest]:
-        """The jobs."""
+        """The jobs, 1 to 1000."""
 
     def __init__(
         self,
@@ -276,6 +317,7 @@ class ListJobsRequest(_message.Message):
     LABEL_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
     queue: _builtins.str
     """Only this queue."""
     kind: _builtins.str
@@ -286,6 +328,8 @@ class ListJobsRequest(_message.Message):
     """At most this many, 1 to 500. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before. Empty: the first page."""
+    client: _builtins.str
+    """Only jobs of this client."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_job_pb2.JobState.ValueType]:
         """Only these states. Empty: all."""
@@ -299,10 +343,11 @@ class ListJobsRequest(_message.Message):
         label: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        client: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "label", b"label", "page_size", b"page_size", "page_token", b"page_token", "queue", b"queue", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "kind", b"kind", "label", b"label", "page_size", b"page_size", "page_token", b"page_token", "queue", b"queue", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -317,7 +362,7 @@ class ListJobsResponse(_message.Message):
     JOBS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """For the next page; empty: this was the last."""
+    """For the next page; empty: this was the last. A page may be short, or empty, while this is set."""
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Job]:
         """The newest first."""
@@ -588,6 +633,9 @@ class QueueStats(_message.Message):
     LATENCY_P50_FIELD_NUMBER: _builtins.int
     LATENCY_P95_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
     queue: _builtins.str
     """The queue."""
     depth: _builtins.int
@@ -604,6 +652,10 @@ class QueueStats(_message.Message):
     """Jobs that ended SUCCEEDED within the last minute, per second."""
     paused: _builtins.bool
     """Whether the queue is paused."""
+    held: _builtins.int
+    """Of depth, the jobs that are held: the queue is paused, or their client has its share of the workers already."""
+    size_bytes: _builtins.int
+    """Bytes of the work and files of the jobs that have not ended."""
     @_builtins.property
     def oldest_age(self) -> _duration_pb2.Duration:
         """How long the oldest queued job has waited; absent when none does."""
@@ -615,6 +667,10 @@ class QueueStats(_message.Message):
     @_builtins.property
     def latency_p95(self) -> _duration_pb2.Duration:
         """95 % of them took no longer."""
+
+    @_builtins.property
+    def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientStats]:
+        """The clients that have jobs waiting, those with most first, at most 20."""
 
     def __init__(
         self,
@@ -630,14 +686,43 @@ class QueueStats(_message.Message):
         latency_p50: _duration_pb2.Duration | None = ...,
         latency_p95: _duration_pb2.Duration | None = ...,
         paused: _builtins.bool = ...,
+        held: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        clients: _abc.Iterable[Global___ClientStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["latency_p50", b"latency_p50", "latency_p95", b"latency_p95", "oldest_age", b"oldest_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "depth", b"depth", "failed", b"failed", "latency_p50", b"latency_p50", "latency_p95", b"latency_p95", "oldest_age", b"oldest_age", "paused", b"paused", "queue", b"queue", "running", b"running", "scheduled", b"scheduled", "throughput_per_second", b"throughput_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "clients", b"clients", "depth", b"depth", "failed", b"failed", "held", b"held", "latency_p50", b"latency_p50", "latency_p95", b"latency_p95", "oldest_age", b"oldest_age", "paused", b"paused", "queue", b"queue", "running", b"running", "scheduled", b"scheduled", "size_bytes", b"size_bytes", "throughput_per_second", b"throughput_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___QueueStats: _TypeAlias = QueueStats  # noqa: Y015
+
+@_typing.final
+class ClientStats(_message.Message):
+    """The counts of one client in one queue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """The client; empty: those who did not say."""
+    waiting: _builtins.int
+    """Its jobs that wait, SCHEDULED and QUEUED."""
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClientStats: _TypeAlias = ClientStats  # noqa: Y015
 
 @_typing.final
 class UploadMediaRequest(_message.Message):
@@ -676,16 +761,24 @@ class UploadMediaConfig(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTENT_TYPE_FIELD_NUMBER: _builtins.int
+    MEDIA_ID_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
     content_type: _builtins.str
-    """Its media type: `image/jpeg`, `video/mp4`."""
+    """Its media type: `image/jpeg`, `video/mp4`. Empty: application/octet-stream."""
+    media_id: _builtins.str
+    """The id it will have, when the sender knows it: stored already, it is not sent again; other bytes are refused. Empty: not known."""
+    size_bytes: _builtins.int
+    """Its size, when the sender knows it: other sizes are refused, and one that is too large at once. 0: not known."""
     def __init__(
         self,
         *,
         content_type: _builtins.str = ...,
+        media_id: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "media_id", b"media_id", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -733,7 +826,7 @@ class Media(_message.Message):
     """Its media type."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it will be deleted unless a job needs it."""
+        """When it will be deleted unless a job needs it or it is stored again meanwhile; absent while a job needs it."""
 
     def __init__(
         self,
@@ -758,16 +851,20 @@ class GetMediaRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MEDIA_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
     media_id: _builtins.str
     """Its id. Required."""
+    offset_bytes: _builtins.int
+    """Where to begin, to go on after a stream that broke off. Default 0."""
     def __init__(
         self,
         *,
         media_id: _builtins.str = ...,
+        offset_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["media_id", b"media_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["media_id", b"media_id", "offset_bytes", b"offset_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -780,16 +877,22 @@ class GetMediaResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CHUNK_FIELD_NUMBER: _builtins.int
+    MEDIA_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next bytes."""
+    """The next bytes; empty in the first message."""
+    @_builtins.property
+    def media(self) -> Global___Media:
+        """The file; in the first message only."""
+
     def __init__(
         self,
         *,
         chunk: _builtins.bytes = ...,
+        media: Global___Media | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["media", b"media"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "media", b"media"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

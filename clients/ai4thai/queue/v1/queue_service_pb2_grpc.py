@@ -131,7 +131,8 @@ class QueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BatchSubmitJobs(self, request, context):
-        """Accepts many jobs, each with its own outcome. Not served yet: UNIMPLEMENTED.
+        """Accepts many jobs, 1 to 1000, each with its own outcome: what is wrong with one, or finds no room, says nothing about the others.
+        Safe to repeat with the same request_ids. Errors of the whole: INVALID_ARGUMENT (none, or too many), UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -168,7 +169,9 @@ class QueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RetryJob(self, request, context):
-        """Queues an ended, unsuccessful job again. Not served yet: UNIMPLEMENTED.
+        """Queues a FAILED, CANCELLED or EXPIRED job again, with all its attempts before it; its result, its revisions and its id go on. The
+        deadline it had is dropped. Errors: NOT_FOUND (also when an image it needs is no longer kept), FAILED_PRECONDITION (it has not
+        ended, or has succeeded), RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,35 +192,38 @@ class QueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UploadMedia(self, request_iterator, context):
-        """Stores a file in pieces: first a `config`, then `chunk`s. Not served yet: UNIMPLEMENTED.
+        """Stores a file in pieces: first a `config`, then `chunk`s of at most 1 MiB each. The same bytes are stored once and have the same
+        media_id, so that an upload that broke off is sent again; one whose media_id is announced and stored already is answered at once.
+        In HTTP: POST the bytes to /v1/media. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetMedia(self, request, context):
-        """Sends a stored file in pieces. Not served yet: UNIMPLEMENTED.
+        """Sends a stored file in pieces of at most 1 MiB; the first message tells of the file. In JSON: one object a line; the bytes
+        themselves, with their media type and ranges: GET /v1/media/{media_id}:download. Errors: NOT_FOUND, OUT_OF_RANGE (offset_bytes).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PauseQueue(self, request, context):
-        """Stops handing out a queue's jobs. Not served yet: UNIMPLEMENTED.
+        """Stops handing out a queue's jobs; those that run go on, new ones are accepted and wait. A queue may be paused before its first job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeQueue(self, request, context):
-        """Hands out a paused queue's jobs again. Not served yet: UNIMPLEMENTED.
+        """Hands out a paused queue's jobs again, in their order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PurgeQueue(self, request, context):
-        """Cancels all jobs that wait in a queue. Not served yet: UNIMPLEMENTED.
+        """Cancels all jobs that wait in a queue, SCHEDULED and QUEUED; those that run go on. Errors: NOT_FOUND (no such queue).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,9 @@ class QueueServiceStub:
     after an error is safe. Errors: INVALID_ARGUMENT, ALREADY_EXISTS (the request_id with another body), RESOURCE_EXHAUSTED, UNAVAILABLE.
     """
     BatchSubmitJobs: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.BatchSubmitJobsRequest, _queue_service_pb2.BatchSubmitJobsResponse]
-    """Accepts many jobs, each with its own outcome. Not served yet: UNIMPLEMENTED."""
+    """Accepts many jobs, 1 to 1000, each with its own outcome: what is wrong with one, or finds no room, says nothing about the others.
+    Safe to repeat with the same request_ids. Errors of the whole: INVALID_ARGUMENT (none, or too many), UNAVAILABLE.
+    """
     GetJob: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.GetJobRequest, _queue_service_pb2.GetJobResponse]
     """Tells of one job, with its result. Errors: NOT_FOUND."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.ListJobsRequest, _queue_service_pb2.ListJobsResponse]
@@ -56,21 +58,29 @@ class QueueServiceStub:
     that has ended changes nothing. Errors: NOT_FOUND.
     """
     RetryJob: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.RetryJobRequest, _queue_service_pb2.RetryJobResponse]
-    """Queues an ended, unsuccessful job again. Not served yet: UNIMPLEMENTED."""
+    """Queues a FAILED, CANCELLED or EXPIRED job again, with all its attempts before it; its result, its revisions and its id go on. The
+    deadline it had is dropped. Errors: NOT_FOUND (also when an image it needs is no longer kept), FAILED_PRECONDITION (it has not
+    ended, or has succeeded), RESOURCE_EXHAUSTED.
+    """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.DeleteJobRequest, _queue_service_pb2.DeleteJobResponse]
     """Forgets an ended job and its result. Errors: NOT_FOUND, FAILED_PRECONDITION (it has not ended: cancel it first)."""
     GetQueueStats: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.GetQueueStatsRequest, _queue_service_pb2.GetQueueStatsResponse]
     """Counts the jobs of each queue."""
     UploadMedia: _grpc.StreamUnaryMultiCallable[_queue_service_pb2.UploadMediaRequest, _queue_service_pb2.UploadMediaResponse]
-    """Stores a file in pieces: first a `config`, then `chunk`s. Not served yet: UNIMPLEMENTED."""
+    """Stores a file in pieces: first a `config`, then `chunk`s of at most 1 MiB each. The same bytes are stored once and have the same
+    media_id, so that an upload that broke off is sent again; one whose media_id is announced and stored already is answered at once.
+    In HTTP: POST the bytes to /v1/media. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
+    """
     GetMedia: _grpc.UnaryStreamMultiCallable[_queue_service_pb2.GetMediaRequest, _queue_service_pb2.GetMediaResponse]
-    """Sends a stored file in pieces. Not served yet: UNIMPLEMENTED."""
+    """Sends a stored file in pieces of at most 1 MiB; the first message tells of the file. In JSON: one object a line; the bytes
+    themselves, with their media type and ranges: GET /v1/media/{media_id}:download. Errors: NOT_FOUND, OUT_OF_RANGE (offset_bytes).
+    """
     PauseQueue: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.PauseQueueRequest, _queue_service_pb2.PauseQueueResponse]
-    """Stops handing out a queue's jobs. Not served yet: UNIMPLEMENTED."""
+    """Stops handing out a queue's jobs; those that run go on, new ones are accepted and wait. A queue may be paused before its first job."""
     ResumeQueue: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.ResumeQueueRequest, _queue_service_pb2.ResumeQueueResponse]
-    """Hands out a paused queue's jobs again. Not served yet: UNIMPLEMENTED."""
+    """Hands out a paused queue's jobs again, in their order."""
     PurgeQueue: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.PurgeQueueRequest, _queue_service_pb2.PurgeQueueResponse]
-    """Cancels all jobs that wait in a queue. Not served yet: UNIMPLEMENTED."""
+    """Cancels all jobs that wait in a queue, SCHEDULED and QUEUED; those that run go on. Errors: NOT_FOUND (no such queue)."""
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.ListWorkersRequest, _queue_service_pb2.ListWorkersResponse]
     """Lists the workers that are alive."""
 
@@ -88,7 +98,9 @@ class QueueServiceAsyncStub(QueueServiceStub):
     after an error is safe. Errors: INVALID_ARGUMENT, ALREADY_EXISTS (the request_id with another body), RESOURCE_EXHAUSTED, UNAVAILABLE.
     """
     BatchSubmitJobs: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.BatchSubmitJobsRequest, _queue_service_pb2.BatchSubmitJobsResponse]  # type: ignore[assignment]
-    """Accepts many jobs, each with its own outcome. Not served yet: UNIMPLEMENTED."""
+    """Accepts many jobs, 1 to 1000, each with its own outcome: what is wrong with one, or finds no room, says nothing about the others.
+    Safe to repeat with the same request_ids. Errors of the whole: INVALID_ARGUMENT (none, or too many), UNAVAILABLE.
+    """
     GetJob: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.GetJobRequest, _queue_service_pb2.GetJobResponse]  # type: ignore[assignment]
     """Tells of one job, with its result. Errors: NOT_FOUND."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.ListJobsRequest, _queue_service_pb2.ListJobsResponse]  # type: ignore[assignment]
@@ -102,21 +114,29 @@ class QueueServiceAsyncStub(QueueServiceStub):
     that has ended changes nothing. Errors: NOT_FOUND.
     """
     RetryJob: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.RetryJobRequest, _queue_service_pb2.RetryJobResponse]  # type: ignore[assignment]
-    """Queues an ended, unsuccessful job again. Not served yet: UNIMPLEMENTED."""
+    """Queues a FAILED, CANCELLED or EXPIRED job again, with all its attempts before it; its result, its revisions and its id go on. The
+    deadline it had is dropped. Errors: NOT_FOUND (also when an image it needs is no longer kept), FAILED_PRECONDITION (it has not
+    ended, or has succeeded), RESOURCE_EXHAUSTED.
+    """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.DeleteJobRequest, _queue_service_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Forgets an ended job and its result. Errors: NOT_FOUND, FAILED_PRECONDITION (it has not ended: cancel it first)."""
     GetQueueStats: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.GetQueueStatsRequest, _queue_service_pb2.GetQueueStatsResponse]  # type: ignore[assignment]
     """Counts the jobs of each queue."""
     UploadMedia: _aio.StreamUnaryMultiCallable[_queue_service_pb2.UploadMediaRequest, _queue_service_pb2.UploadMediaResponse]  # type: ignore[assignment]
-    """Stores a file in pieces: first a `config`, then `chunk`s. Not served yet: UNIMPLEMENTED."""
+    """Stores a file in pieces: first a `config`, then `chunk`s of at most 1 MiB each. The same bytes are stored once and have the same
+    media_id, so that an upload that broke off is sent again; one whose media_id is announced and stored already is answered at once.
+    In HTTP: POST the bytes to /v1/media. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
+    """
     GetMedia: _aio.UnaryStreamMultiCallable[_queue_service_pb2.GetMediaRequest, _queue_service_pb2.GetMediaResponse]  # type: ignore[assignment]
-    """Sends a stored file in pieces. Not served yet: UNIMPLEMENTED."""
+    """Sends a stored file in pieces of at most 1 MiB; the first message tells of the file. In JSON: one object a line; the bytes
+    themselves, with their media type and ranges: GET /v1/media/{media_id}:download. Errors: NOT_FOUND, OUT_OF_RANGE (offset_bytes).
+    """
     PauseQueue: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.PauseQueueRequest, _queue_service_pb2.PauseQueueResponse]  # type: ignore[assignment]
-    """Stops handing out a queue's jobs. Not served yet: UNIMPLEMENTED."""
+    """Stops handing out a queue's jobs; those that run go on, new ones are accepted and wait. A queue may be paused before its first job."""
     ResumeQueue: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.ResumeQueueRequest, _queue_service_pb2.ResumeQueueResponse]  # type: ignore[assignment]
-    """Hands out a paused queue's jobs again. Not served yet: UNIMPLEMENTED."""
+    """Hands out a paused queue's jobs again, in their order."""
     PurgeQueue: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.PurgeQueueRequest, _queue_service_pb2.PurgeQueueResponse]  # type: ignore[assignment]
-    """Cancels all jobs that wait in a queue. Not served yet: UNIMPLEMENTED."""
+    """Cancels all jobs that wait in a queue, SCHEDULED and QUEUED; those that run go on. Errors: NOT_FOUND (no such queue)."""
     ListWorkers: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.ListWorkersRequest, _queue_service_pb2.ListWorkersResponse]  # type: ignore[assignment]
     """Lists the workers that are alive."""
 
@@ -143,7 +163,9 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_service_pb2.BatchSubmitJobsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_service_pb2.BatchSubmitJobsResponse, _abc.Awaitable[_queue_service_pb2.BatchSubmitJobsResponse]]:
-        """Accepts many jobs, each with its own outcome. Not served yet: UNIMPLEMENTED."""
+        """Accepts many jobs, 1 to 1000, each with its own outcome: what is wrong with one, or finds no room, says nothing about the others.
+        Safe to repeat with the same request_ids. Errors of the whole: INVALID_ARGUMENT (none, or too many), UNAVAILABLE.
+        """
 
     @_abc_1.abstractmethod
     def GetJob(
@@ -187,7 +209,10 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_service_pb2.RetryJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_service_pb2.RetryJobResponse, _abc.Awaitable[_queue_service_pb2.RetryJobResponse]]:
-        """Queues an ended, unsuccessful job again. Not served yet: UNIMPLEMENTED."""
+        """Queues a FAILED, CANCELLED or EXPIRED job again, with all its attempts before it; its result, its revisions and its id go on. The
+        deadline it had is dropped. Errors: NOT_FOUND (also when an image it needs is no longer kept), FAILED_PRECONDITION (it has not
+        ended, or has succeeded), RESOURCE_EXHAUSTED.
+        """
 
     @_abc_1.abstractmethod
     def DeleteJob(
@@ -211,7 +236,10 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_queue_service_pb2.UploadMediaRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_queue_service_pb2.UploadMediaResponse, _abc.Awaitable[_queue_service_pb2.UploadMediaResponse]]:
-        """Stores a file in pieces: first a `config`, then `chunk`s. Not served yet: UNIMPLEMENTED."""
+        """Stores a file in pieces: first a `config`, then `chunk`s of at most 1 MiB each. The same bytes are stored once and have the same
+        media_id, so that an upload that broke off is sent again; one whose media_id is announced and stored already is answered at once.
+        In HTTP: POST the bytes to /v1/media. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
+        """
 
     @_abc_1.abstractmethod
     def GetMedia(
@@ -219,7 +247,9 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_service_pb2.GetMediaRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_queue_service_pb2.GetMediaResponse], _abc.AsyncIterator[_queue_service_pb2.GetMediaResponse]]:
-        """Sends a stored file in pieces. Not served yet: UNIMPLEMENTED."""
+        """Sends a stored file in pieces of at most 1 MiB; the first message tells of the file. In JSON: one object a line; the bytes
+        themselves, with their media type and ranges: GET /v1/media/{media_id}:download. Errors: NOT_FOUND, OUT_OF_RANGE (offset_bytes).
+        """
 
     @_abc_1.abstractmethod
     def PauseQueue(
@@ -227,7 +257,7 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_service_pb2.PauseQueueRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_service_pb2.PauseQueueResponse, _abc.Awaitable[_queue_service_pb2.PauseQueueResponse]]:
-        """Stops handing out a queue's jobs. Not served yet: UNIMPLEMENTED."""
+        """Stops handing out a queue's jobs; those that run go on, new ones are accepted and wait. A queue may be paused before its first job."""
 
     @_abc_1.abstractmethod
     def ResumeQueue(
@@ -235,7 +265,7 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_service_pb2.ResumeQueueRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_service_pb2.ResumeQueueResponse, _abc.Awaitable[_queue_service_pb2.ResumeQueueResponse]]:
-        """Hands out a paused queue's jobs again. Not served yet: UNIMPLEMENTED."""
+        """Hands out a paused queue's jobs again, in their order."""
 
     @_abc_1.abstractmethod
     def PurgeQueue(
@@ -243,7 +273,7 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_service_pb2.PurgeQueueRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_service_pb2.PurgeQueueResponse, _abc.Awaitable[_queue_service_pb2.PurgeQueueResponse]]:
-        """Cancels all jobs that wait in a queue. Not served yet: UNIMPLEMENTED."""
+        """Cancels all jobs that wait in a queue, SCHEDULED and QUEUED; those that run go on. Errors: NOT_FOUND (no such queue)."""
 
     @_abc_1.abstractmethod
     def ListWorkers(

@@ -25,44 +25,47 @@ _sym_db = _symbol_database.Default()
 from ai4thai.vision.v1 import detection_pb2 as ai4thai_dot_vision_dot_v1_dot_detection__pb2
 from ai4thai.vision.v1 import generation_pb2 as ai4thai_dot_vision_dot_v1_dot_generation__pb2
 from ai4thai.vision.v1 import vision_service_pb2 as ai4thai_dot_vision_dot_v1_dot_vision__service__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61i4thai/queue/v1/work.proto\x12\x10\x61i4thai.queue.v1\x1a!ai4thai/vision/v1/detection.proto\x1a\"ai4thai/vision/v1/generation.proto\x1a&ai4thai/vision/v1/vision_service.proto\x1a\x17google/rpc/status.proto\">\n\x0bMediaSource\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\x12\n\x08media_id\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"\xd2\x01\n\x04Work\x12.\n\x06\x64\x65tect\x18\x01 \x01(\x0b\x32\x1c.ai4thai.queue.v1.DetectWorkH\x00\x12\x32\n\x08generate\x18\x02 \x01(\x0b\x32\x1e.ai4thai.queue.v1.GenerateWorkH\x00\x12\x30\n\x07\x61nalyze\x18\x03 \x01(\x0b\x32\x1d.ai4thai.queue.v1.AnalyzeWorkH\x00\x12,\n\x05video\x18\x04 \x01(\x0b\x32\x1b.ai4thai.queue.v1.VideoWorkH\x00\x42\x06\n\x04work\"n\n\nDetectWork\x12-\n\x06images\x18\x01 \x03(\x0b\x32\x1d.ai4thai.queue.v1.MediaSource\x12\x31\n\x07options\x18\x02 \x01(\x0b\x32 .ai4thai.vision.v1.DetectOptions\"\x83\x01\n\x0cGenerateWork\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x08messages\x18\x02 \x03(\x0b\x32\x1d.ai4thai.queue.v1.WorkMessage\x12\x33\n\x07options\x18\x03 \x01(\x0b\x32\".ai4thai.vision.v1.GenerateOptions\"f\n\x0bWorkMessage\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.ai4thai.vision.v1.Role\x12\x30\n\x05parts\x18\x02 \x03(\x0b\x32!.ai4thai.queue.v1.WorkMessagePart\"Y\n\x0fWorkMessagePart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\x05image\x18\x02 \x01(\x0b\x32\x1d.ai4thai.queue.v1.MediaSourceH\x00\x42\x06\n\x04part\"\xd5\x01\n\x0b\x41nalyzeWork\x12-\n\x06images\x18\x01 \x03(\x0b\x32\x1d.ai4thai.queue.v1.MediaSource\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x38\n\x0e\x64\x65tect_options\x18\x03 \x01(\x0b\x32 .ai4thai.vision.v1.DetectOptions\x12<\n\x10generate_options\x18\x04 \x01(\x0b\x32\".ai4thai.vision.v1.GenerateOptions\x12\r\n\x05model\x18\x05 \x01(\t\"\xa9\x01\n\tVideoWork\x12,\n\x05video\x18\x01 \x01(\x0b\x32\x1d.ai4thai.queue.v1.MediaSource\x12\x31\n\x07options\x18\x02 \x01(\x0b\x32 .ai4thai.vision.v1.DetectOptions\x12\x0e\n\x06stride\x18\x03 \x01(\x05\x12+\n\x07tracker\x18\x04 \x01(\x0e\x32\x1a.ai4thai.vision.v1.Tracker\"\xe1\x01\n\tJobResult\x12\x30\n\x06\x64\x65tect\x18\x01 \x01(\x0b\x32\x1e.ai4thai.queue.v1.DetectResultH\x00\x12\x34\n\x08generate\x18\x02 \x01(\x0b\x32 .ai4thai.queue.v1.GenerateResultH\x00\x12\x32\n\x07\x61nalyze\x18\x03 \x01(\x0b\x32\x1f.ai4thai.queue.v1.AnalyzeResultH\x00\x12.\n\x05video\x18\x04 \x01(\x0b\x32\x1d.ai4thai.queue.v1.VideoResultH\x00\x42\x08\n\x06result\"A\n\x0c\x44\x65tectResult\x12\x31\n\x05items\x18\x01 \x03(\x0b\x32\".ai4thai.queue.v1.DetectResultItem\"z\n\x10\x44\x65tectResultItem\x12\x36\n\tdetection\x18\x01 \x01(\x0b\x32!.ai4thai.vision.v1.DetectResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"E\n\x0eGenerateResult\x12\x33\n\x07summary\x18\x01 \x01(\x0b\x32\".ai4thai.vision.v1.GenerateSummary\"C\n\rAnalyzeResult\x12\x32\n\x05items\x18\x01 \x03(\x0b\x32#.ai4thai.queue.v1.AnalyzeResultItem\"{\n\x11\x41nalyzeResultItem\x12\x36\n\x08\x61nalysis\x18\x01 \x01(\x0b\x32\".ai4thai.vision.v1.AnalyzeResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"B\n\x0bVideoResult\x12\x17\n\x0ftracks_media_id\x18\x01 \x01(\t\x12\x1a\n\x12\x61nnotated_media_id\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61i4thai/queue/v1/work.proto\x12\x10\x61i4thai.queue.v1\x1a!ai4thai/vision/v1/detection.proto\x1a\"ai4thai/vision/v1/generation.proto\x1a&ai4thai/vision/v1/vision_service.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\">\n\x0bMediaSource\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\x12\n\x08media_id\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"\xd2\x01\n\x04Work\x12.\n\x06\x64\x65tect\x18\x01 \x01(\x0b\x32\x1c.ai4thai.queue.v1.DetectWorkH\x00\x12\x32\n\x08generate\x18\x02 \x01(\x0b\x32\x1e.ai4thai.queue.v1.GenerateWorkH\x00\x12\x30\n\x07\x61nalyze\x18\x03 \x01(\x0b\x32\x1d.ai4thai.queue.v1.AnalyzeWorkH\x00\x12,\n\x05video\x18\x04 \x01(\x0b\x32\x1b.ai4thai.queue.v1.VideoWorkH\x00\x42\x06\n\x04work\"n\n\nDetectWork\x12-\n\x06images\x18\x01 \x03(\x0b\x32\x1d.ai4thai.queue.v1.MediaSource\x12\x31\n\x07options\x18\x02 \x01(\x0b\x32 .ai4thai.vision.v1.DetectOptions\"\x83\x01\n\x0cGenerateWork\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x08messages\x18\x02 \x03(\x0b\x32\x1d.ai4thai.queue.v1.WorkMessage\x12\x33\n\x07options\x18\x03 \x01(\x0b\x32\".ai4thai.vision.v1.GenerateOptions\"f\n\x0bWorkMessage\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.ai4thai.vision.v1.Role\x12\x30\n\x05parts\x18\x02 \x03(\x0b\x32!.ai4thai.queue.v1.WorkMessagePart\"Y\n\x0fWorkMessagePart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\x05image\x18\x02 \x01(\x0b\x32\x1d.ai4thai.queue.v1.MediaSourceH\x00\x42\x06\n\x04part\"\xd5\x01\n\x0b\x41nalyzeWork\x12-\n\x06images\x18\x01 \x03(\x0b\x32\x1d.ai4thai.queue.v1.MediaSource\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x38\n\x0e\x64\x65tect_options\x18\x03 \x01(\x0b\x32 .ai4thai.vision.v1.DetectOptions\x12<\n\x10generate_options\x18\x04 \x01(\x0b\x32\".ai4thai.vision.v1.GenerateOptions\x12\r\n\x05model\x18\x05 \x01(\t\"\xcf\x01\n\tVideoWork\x12,\n\x05video\x18\x01 \x01(\x0b\x32\x1d.ai4thai.queue.v1.MediaSource\x12\x31\n\x07options\x18\x02 \x01(\x0b\x32 .ai4thai.vision.v1.DetectOptions\x12\x0e\n\x06stride\x18\x03 \x01(\x05\x12+\n\x07tracker\x18\x04 \x01(\x0e\x32\x1a.ai4thai.vision.v1.Tracker\x12\x10\n\x08\x61nnotate\x18\x05 \x01(\x08\x12\x12\n\nmax_frames\x18\x06 \x01(\x05\"\xe1\x01\n\tJobResult\x12\x30\n\x06\x64\x65tect\x18\x01 \x01(\x0b\x32\x1e.ai4thai.queue.v1.DetectResultH\x00\x12\x34\n\x08generate\x18\x02 \x01(\x0b\x32 .ai4thai.queue.v1.GenerateResultH\x00\x12\x32\n\x07\x61nalyze\x18\x03 \x01(\x0b\x32\x1f.ai4thai.queue.v1.AnalyzeResultH\x00\x12.\n\x05video\x18\x04 \x01(\x0b\x32\x1d.ai4thai.queue.v1.VideoResultH\x00\x42\x08\n\x06result\"A\n\x0c\x44\x65tectResult\x12\x31\n\x05items\x18\x01 \x03(\x0b\x32\".ai4thai.queue.v1.DetectResultItem\"z\n\x10\x44\x65tectResultItem\x12\x36\n\tdetection\x18\x01 \x01(\x0b\x32!.ai4thai.vision.v1.DetectResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"E\n\x0eGenerateResult\x12\x33\n\x07summary\x18\x01 \x01(\x0b\x32\".ai4thai.vision.v1.GenerateSummary\"C\n\rAnalyzeResult\x12\x32\n\x05items\x18\x01 \x03(\x0b\x32#.ai4thai.queue.v1.AnalyzeResultItem\"{\n\x11\x41nalyzeResultItem\x12\x36\n\x08\x61nalysis\x18\x01 \x01(\x0b\x32\".ai4thai.vision.v1.AnalyzeResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"\x91\x02\n\x0bVideoResult\x12\x17\n\x0ftracks_media_id\x18\x01 \x01(\t\x12\x1a\n\x12\x61nnotated_media_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66rame_count\x18\x03 \x01(\x03\x12\x1c\n\x14\x64\x65tected_frame_count\x18\x04 \x01(\x03\x12\x1a\n\x12\x66\x61iled_frame_count\x18\x05 \x01(\x03\x12+\n\x08\x64uration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08width_px\x18\x07 \x01(\x05\x12\x11\n\theight_px\x18\x08 \x01(\x05\x12,\n\x06tracks\x18\t \x03(\x0b\x32\x1c.ai4thai.queue.v1.VideoTrack\"\xb7\x01\n\nVideoTrack\x12\x10\n\x08track_id\x18\x01 \x01(\x03\x12\r\n\x05label\x18\x02 \x01(\t\x12-\n\nfirst_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tlast_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0b\x66rame_count\x18\x05 \x01(\x03\x12\x16\n\x0emax_confidence\x18\x06 \x01(\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ai4thai.queue.v1.work_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MEDIASOURCE']._serialized_start=185
-  _globals['_MEDIASOURCE']._serialized_end=247
-  _globals['_WORK']._serialized_start=250
-  _globals['_WORK']._serialized_end=460
-  _globals['_DETECTWORK']._serialized_start=462
-  _globals['_DETECTWORK']._serialized_end=572
-  _globals['_GENERATEWORK']._serialized_start=575
-  _globals['_GENERATEWORK']._serialized_end=706
-  _globals['_WORKMESSAGE']._serialized_start=708
-  _globals['_WORKMESSAGE']._serialized_end=810
-  _globals['_WORKMESSAGEPART']._serialized_start=812
-  _globals['_WORKMESSAGEPART']._serialized_end=901
-  _globals['_ANALYZEWORK']._serialized_start=904
-  _globals['_ANALYZEWORK']._serialized_end=1117
-  _globals['_VIDEOWORK']._serialized_start=1120
-  _globals['_VIDEOWORK']._serialized_end=1289
-  _globals['_JOBRESULT']._serialized_start=1292
-  _globals['_JOBRESULT']._serialized_end=1517
-  _globals['_DETECTRESULT']._serialized_start=1519
-  _globals['_DETECTRESULT']._serialized_end=1584
-  _globals['_DETECTRESULTITEM']._serialized_start=1586
-  _globals['_DETECTRESULTITEM']._serialized_end=1708
-  _globals['_GENERATERESULT']._serialized_start=1710
-  _globals['_GENERATERESULT']._serialized_end=1779
-  _globals['_ANALYZERESULT']._serialized_start=1781
-  _globals['_ANALYZERESULT']._serialized_end=1848
-  _globals['_ANALYZERESULTITEM']._serialized_start=1850
-  _globals['_ANALYZERESULTITEM']._serialized_end=1973
-  _globals['_VIDEORESULT']._serialized_start=1975
-  _globals['_VIDEORESULT']._serialized_end=2041
+  _globals['_MEDIASOURCE']._serialized_start=217
+  _globals['_MEDIASOURCE']._serialized_end=279
+  _globals['_WORK']._serialized_start=282
+  _globals['_WORK']._serialized_end=492
+  _globals['_DETECTWORK']._serialized_start=494
+  _globals['_DETECTWORK']._serialized_end=604
+  _globals['_GENERATEWORK']._serialized_start=607
+  _globals['_GENERATEWORK']._serialized_end=738
+  _globals['_WORKMESSAGE']._serialized_start=740
+  _globals['_WORKMESSAGE']._serialized_end=842
+  _globals['_WORKMESSAGEPART']._serialized_start=844
+  _globals['_WORKMESSAGEPART']._serialized_end=933
+  _globals['_ANALYZEWORK']._serialized_start=936
+  _globals['_ANALYZEWORK']._serialized_end=1149
+  _globals['_VIDEOWORK']._serialized_start=1152
+  _globals['_VIDEOWORK']._serialized_end=1359
+  _globals['_JOBRESULT']._serialized_start=1362
+  _globals['_JOBRESULT']._serialized_end=1587
+  _globals['_DETECTRESULT']._serialized_start=1589
+  _globals['_DETECTRESULT']._serialized_end=1654
+  _globals['_DETECTRESULTITEM']._serialized_start=1656
+  _globals['_DETECTRESULTITEM']._serialized_end=1778
+  _globals['_GENERATERESULT']._serialized_start=1780
+  _globals['_GENERATERESULT']._serialized_end=1849
+  _globals['_ANALYZERESULT']._serialized_start=1851
+  _globals['_ANALYZERESULT']._serialized_end=1918
+  _globals['_ANALYZERESULTITEM']._serialized_start=1920
+  _globals['_ANALYZERESULTITEM']._serialized_end=2043
+  _globals['_VIDEORESULT']._serialized_start=2046
+  _globals['_VIDEORESULT']._serialized_end=2319
+  _globals['_VIDEOTRACK']._serialized_start=2322
+  _globals['_VIDEOTRACK']._serialized_end=2505
 # @@protoc_insertion_point(module_scope)

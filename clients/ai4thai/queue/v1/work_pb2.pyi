@@ -8,6 +8,7 @@ from ai4thai.vision.v1 import generation_pb2 as _generation_pb2
 from ai4thai.vision.v1 import vision_service_pb2 as _vision_service_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.rpc import status_pb2 as _status_pb2
@@ -74,7 +75,7 @@ class Work(_message.Message):
 
     @_builtins.property
     def video(self) -> Global___VideoWork:
-        """Finds and follows the objects of a video. Not served yet: UNIMPLEMENTED."""
+        """Finds and follows the objects of a video."""
 
     def __init__(
         self,
@@ -270,17 +271,23 @@ class VideoWork(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     STRIDE_FIELD_NUMBER: _builtins.int
     TRACKER_FIELD_NUMBER: _builtins.int
+    ANNOTATE_FIELD_NUMBER: _builtins.int
+    MAX_FRAMES_FIELD_NUMBER: _builtins.int
     stride: _builtins.int
-    """Every how many frames are looked at; default 1."""
+    """Every how many frames are looked at, 1 to 1000; 0 or absent: 1, every frame."""
     tracker: _vision_service_pb2.Tracker.ValueType
-    """Which tracker follows the objects."""
+    """Which tracker follows the objects. Absent: BYTETRACK."""
+    annotate: _builtins.bool
+    """Whether to make an MP4 with the boxes drawn in, of the frames looked at, at their own pace."""
+    max_frames: _builtins.int
+    """At most so many frames are looked at; the video is read no further. 0 or absent: the server's limit."""
     @_builtins.property
     def video(self) -> Global___MediaSource:
-        """The video file."""
+        """The video file: MP4, MOV, MKV, WebM, AVI or what else FFmpeg reads, its first video stream. Upload large ones with UploadMedia."""
 
     @_builtins.property
     def options(self) -> _detection_pb2.DetectOptions:
-        """How to detect."""
+        """How to detect, for every frame looked at. `annotate` here is ignored: see annotate below."""
 
     def __init__(
         self,
@@ -289,10 +296,12 @@ class VideoWork(_message.Message):
         options: _detection_pb2.DetectOptions | None = ...,
         stride: _builtins.int = ...,
         tracker: _vision_service_pb2.Tracker.ValueType = ...,
+        annotate: _builtins.bool = ...,
+        max_frames: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "video", b"video"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "stride", b"stride", "tracker", b"tracker", "video", b"video"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotate", b"annotate", "max_frames", b"max_frames", "options", b"options", "stride", b"stride", "tracker", b"tracker", "video", b"video"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -486,20 +495,98 @@ class VideoResult(_message.Message):
 
     TRACKS_MEDIA_ID_FIELD_NUMBER: _builtins.int
     ANNOTATED_MEDIA_ID_FIELD_NUMBER: _builtins.int
+    FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    DETECTED_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    FAILED_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    WIDTH_PX_FIELD_NUMBER: _builtins.int
+    HEIGHT_PX_FIELD_NUMBER: _builtins.int
+    TRACKS_FIELD_NUMBER: _builtins.int
     tracks_media_id: _builtins.str
-    """The frames' results as JSON."""
+    """The frames' results as JSON (docs/queue.md gives its shape), to be fetched with GetMedia while the job is kept."""
     annotated_media_id: _builtins.str
-    """The video with the boxes drawn in, as MP4."""
+    """The video with the boxes drawn in, as MP4 (H.264); empty without `annotate`."""
+    frame_count: _builtins.int
+    """Frames decoded."""
+    detected_frame_count: _builtins.int
+    """Frames looked at."""
+    failed_frame_count: _builtins.int
+    """Frames that the vision server could not answer; each has its error in the JSON."""
+    width_px: _builtins.int
+    """Its width, in pixels, turned as the file says."""
+    height_px: _builtins.int
+    """Its height, in pixels."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """What the video lasts."""
+
+    @_builtins.property
+    def tracks(self) -> _containers.RepeatedCompositeFieldContainer[Global___VideoTrack]:
+        """The objects that were followed, in the order of their first frame, at most 1000 (the JSON has all)."""
+
     def __init__(
         self,
         *,
         tracks_media_id: _builtins.str = ...,
         annotated_media_id: _builtins.str = ...,
+        frame_count: _builtins.int = ...,
+        detected_frame_count: _builtins.int = ...,
+        failed_frame_count: _builtins.int = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        width_px: _builtins.int = ...,
+        height_px: _builtins.int = ...,
+        tracks: _abc.Iterable[Global___VideoTrack] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotated_media_id", b"annotated_media_id", "tracks_media_id", b"tracks_media_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotated_media_id", b"annotated_media_id", "detected_frame_count", b"detected_frame_count", "duration", b"duration", "failed_frame_count", b"failed_frame_count", "frame_count", b"frame_count", "height_px", b"height_px", "tracks", b"tracks", "tracks_media_id", b"tracks_media_id", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VideoResult: _TypeAlias = VideoResult  # noqa: Y015
+
+@_typing.final
+class VideoTrack(_message.Message):
+    """One object that was followed through a video."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACK_ID_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    FIRST_TIME_FIELD_NUMBER: _builtins.int
+    LAST_TIME_FIELD_NUMBER: _builtins.int
+    FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_CONFIDENCE_FIELD_NUMBER: _builtins.int
+    track_id: _builtins.int
+    """Its id within the video."""
+    label: _builtins.str
+    """What it is: the label it had most often."""
+    frame_count: _builtins.int
+    """Frames it was seen in."""
+    max_confidence: _builtins.float
+    """The highest confidence it had."""
+    @_builtins.property
+    def first_time(self) -> _duration_pb2.Duration:
+        """When it was first seen, from the video's beginning."""
+
+    @_builtins.property
+    def last_time(self) -> _duration_pb2.Duration:
+        """When it was last seen."""
+
+    def __init__(
+        self,
+        *,
+        track_id: _builtins.int = ...,
+        label: _builtins.str = ...,
+        first_time: _duration_pb2.Duration | None = ...,
+        last_time: _duration_pb2.Duration | None = ...,
+        frame_count: _builtins.int = ...,
+        max_confidence: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_time", b"first_time", "last_time", b"last_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_time", b"first_time", "frame_count", b"frame_count", "label", b"label", "last_time", b"last_time", "max_confidence", b"max_confidence", "track_id", b"track_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VideoTrack: _TypeAlias = VideoTrack  # noqa: Y015
