@@ -9,8 +9,9 @@ queue, a worker holds messages of every priority ahead, and begins a batch job w
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import dramatiq
@@ -23,6 +24,7 @@ from dramatiq.message import Message
 
 from queue_server.jobs import Priority
 from queue_server.keys import DRAMATIQ_NAMESPACE
+from serving.logs import get_logger
 
 QUEUE = "jobs"
 """The one queue that Dramatiq knows of; its messages lie in the lists `{vq}:d:<priority>`."""
@@ -31,6 +33,12 @@ QUEUE = "jobs"
 HEARTBEAT_TIMEOUT_MS = 15_000
 # In a million fetches: how often messages of vanished workers are looked for. The default, 1000, takes minutes.
 MAINTENANCE_CHANCE = 100_000
+# One fetch in so many begins with standard jobs, one in twice as many with batch jobs: urgent ones do not starve them.
+OTHERS_TURN = 8
+# While Redis is away it is asked this often.
+AWAY_S = 0.25
+
+_log = get_logger("actors")
 
 
 class HintBroker(RedisBroker):
@@ -61,13 +69,25 @@ class HintConsumer(Consumer):
         self._fetched: deque[bytes | None] = deque()
         self._in_hand: set[str] = set()
         self._freed = threading.Event()
-        self._misses = 0
+        self._misses = self._turn = 0
+        self._dealt_with: deque[MessageProxy] = deque()
+        self._away = False
 
     def __next__(self) -> MessageProxy | None:
         self._freed.clear()
         room = self._prefetch - len(self._in_hand)
         if not self._fetched and room > 0:
-            self._fetch(room)
+            try:
+                self._acknowledge()
+                self._fetch(room)
+                self._away = False
+            except redis.RedisError as error:
+                # Dramatiq would begin anew after 3 s; what Redis has lost of this, the sweeper sends again.
+                if not self._away:
+                    _log.warning("Redis does not answer; asking for messages until it does", error=str(error))
+                self._away = True
+                time.sleep(AWAY_S)
+                return None
         while self._fetched:
             data = self._fetched.popleft()
             if data is not None:
@@ -83,9 +103,12 @@ class HintConsumer(Consumer):
         return None
 
     def ack(self, message: MessageProxy) -> None:
-        """The message has been dealt with."""
+        """The message has been dealt with; Redis is told now, or before the next fetch when it is away."""
+        self._dealt_with.append(message)
         try:
-            self._ask("ack", _priority(message), message.options["redis_message_id"])
+            self._acknowledge()
+        except redis.RedisError as error:
+            _log.debug("a message will be acknowledged later", error=str(error))
         finally:
             self._in_hand.discard(message.message_id)
             self._freed.set()
@@ -95,8 +118,11 @@ class HintConsumer(Consumer):
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """The worker stops; the messages that it has not begun go back."""
-        for message in messages:
-            self._ask("requeue", _priority(message), message.options["redis_message_id"])
+        try:
+            for message in messages:
+                self._broker.do_requeue(_priority(message), message.options["redis_message_id"])
+        except redis.RedisError as error:
+            raise ConnectionClosed(error) from None  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Gives back what was fetched and not handed out."""
@@ -104,20 +130,26 @@ class HintConsumer(Consumer):
         self._fetched.clear()
         self.requeue(waiting)
 
+    def _acknowledge(self) -> None:
+        while True:
+            try:
+                message = self._dealt_with.popleft()
+            except IndexError:
+                return
+            try:
+                self._broker.do_ack(_priority(message), message.options["redis_message_id"])
+            except redis.RedisError:
+                self._dealt_with.appendleft(message)
+                raise
+
     def _fetch(self, room: int) -> None:
-        for priority in Priority:
-            messages = self._ask("fetch", priority.value, room)
+        self._turn += 1
+        for priority in _order(self._turn):
+            messages = self._broker.do_fetch(priority.value, room)
             self._fetched.extend(messages)
             room -= len(messages)
             if room <= 0:
                 return
-
-    def _ask(self, command: str, priority: str, *arguments: object) -> Any:
-        try:
-            return getattr(self._broker, f"do_{command}")(priority, *arguments)
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            # Dramatiq begins anew with a fresh consumer after a while.
-            raise ConnectionClosed(error) from None  # type: ignore[no-untyped-call]
 
 
 def build_broker(client: redis.Redis) -> HintBroker:
@@ -136,6 +168,15 @@ def declare_actor(broker: HintBroker, run: Callable[[str, int], None]) -> None:
     # A variable, because dramatiq's overloads leave out the form with both a function and options.
     declare: Any = dramatiq.actor
     declare(run, actor_name="run", queue_name=QUEUE, broker=broker)
+
+
+def _order(turn: int) -> Sequence[Priority]:
+    """The priorities in the order in which a turn asks them for messages: the less urgent ones wait, but not for ever."""
+    if turn % (2 * OTHERS_TURN) == 0:
+        return (Priority.BATCH, Priority.STANDARD, Priority.INTERACTIVE)
+    if turn % OTHERS_TURN == 0:
+        return (Priority.STANDARD, Priority.BATCH, Priority.INTERACTIVE)
+    return tuple(Priority)
 
 
 def _priority(message: MessageProxy) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
+from pathlib import Path
 
 from ai4thai.queue.v1 import work_pb2
 
 from queue_server import statuses
 from queue_server.errors import MediaNotFound, ResultTooLarge, StoreUnavailable
 from queue_server.jobs import Progress
+from queue_server.media.worker_files import WorkerFiles
 from queue_server.settings import WorkerSettings
+from queue_server.temporary import temporary_folder
 from queue_server.vision import VisionCalls
-from queue_server.work.task import ItemError
+from queue_server.work.task import ItemError, Stopped
 from queue_server.worker_store import Claim, WorkerStore
 from serving.logs import get_logger
 
@@ -38,11 +41,13 @@ class Why(Enum):
 class RunningAttempt:
     """One attempt while it runs; touched by the thread that works and by the one that watches."""
 
-    def __init__(self, claim: Claim, store: WorkerStore) -> None:
+    def __init__(self, claim: Claim, files: WorkerFiles) -> None:
         self.claim = claim
         self.progress = Progress(0, claim.job.progress.total_count)
         self.why: Why | None = None
-        self._store = store
+        self.stopped = threading.Event()
+        self.stored: list[str] = []
+        self._files = files
         self._lock = threading.Lock()
         self._calls: VisionCalls | None = None
         now_s = time.monotonic()
@@ -60,8 +65,14 @@ class RunningAttempt:
                 return
             self.why = why
             calls = self._calls
+        self.stopped.set()
         if calls is not None:
             calls.cancel()
+
+    def expire(self) -> None:
+        """Stops those of its calls that have not been answered for too long."""
+        if self._calls is not None:
+            self._calls.expire()
 
     def task(self, calls: VisionCalls, settings: WorkerSettings) -> AttemptTask:
         """What the work is given."""
@@ -70,7 +81,7 @@ class RunningAttempt:
             stopped = self.why is not None
         if stopped:
             calls.cancel()
-        return AttemptTask(self, calls, self._store, settings)
+        return AttemptTask(self, calls, self._files, settings)
 
     def renewal_is_due(self, renew_s: float) -> bool:
         """Whether the lease, or progress worth telling, is to be sent now; if so, it counts as sent."""
@@ -87,29 +98,63 @@ class AttemptTask:
     """A Task of queue_server.work, made of one attempt."""
 
     def __init__(
-        self, running: RunningAttempt, calls: VisionCalls, store: WorkerStore, settings: WorkerSettings
+        self, running: RunningAttempt, calls: VisionCalls, files: WorkerFiles, settings: WorkerSettings
     ) -> None:
         self._running = running
-        self._store = store
-        self._max_result_bytes = settings.max_result_bytes
+        self._files = files
         self.vision = calls
-        self.images_in_flight = settings.images_in_flight
+        self.settings = settings
 
     def content(self, source: work_pb2.MediaSource) -> bytes:
         """The bytes of an image; raises ItemError when they are no longer kept."""
-        content = self._store.blob(source.media_id)
-        if content is None:
-            raise ItemError(statuses.write_status(MediaNotFound(media_id=source.media_id)))
-        return content
+        try:
+            return self._files.content(source.media_id)
+        except MediaNotFound as error:
+            raise ItemError(statuses.write_status(error)) from error
+
+    @contextmanager
+    def open(self, source: work_pb2.MediaSource) -> Iterator[Path]:
+        """A copy of the file on this machine's disk, deleted afterwards; raises ItemError, Stopped."""
+        with self.folder() as folder:
+            copy = folder / "file"
+            try:
+                self._files.copy(source.media_id, copy, self.check)
+            except MediaNotFound as error:
+                raise ItemError(statuses.write_status(error)) from error
+            yield copy
+
+    def store(self, path: Path, content_type: str) -> str:
+        """Stores a file of the result, for as long as the job is kept; its media_id. Raises ResultTooLarge, Stopped."""
+        media_id = self._files.store(path, content_type, self.check)
+        self._running.stored.append(media_id)
+        return media_id
+
+    def folder(self) -> AbstractContextManager[Path]:
+        """An empty folder, deleted with what is in it afterwards."""
+        return temporary_folder()
 
     def progress(self, completed_count: int, total_count: int, message: str = "") -> None:
         """Remembered here; the watching thread tells it."""
         self._running.progress = Progress(completed_count, total_count, message)
 
+    def stopped(self) -> bool:
+        """Whether the attempt is to end now."""
+        return self._running.is_stopped()
+
+    def check(self) -> None:
+        """Raises Stopped when the attempt is to end now."""
+        if self._running.is_stopped():
+            raise Stopped
+
+    def pause(self, seconds: float) -> None:
+        """Waits; raises Stopped as soon as the attempt is to end."""
+        if self._running.stopped.wait(seconds):
+            raise Stopped
+
     def check_size(self, size_bytes: int) -> None:
         """Raises ResultTooLarge."""
-        if size_bytes > self._max_result_bytes:
-            raise ResultTooLarge(size_bytes=size_bytes, limit_bytes=self._max_result_bytes)
+        if size_bytes > self.settings.max_result_bytes:
+            raise ResultTooLarge(size_bytes=size_bytes, limit_bytes=self.settings.max_result_bytes)
 
 
 class RunningAttempts:
@@ -117,6 +162,7 @@ class RunningAttempts:
 
     def __init__(self, store: WorkerStore, settings: WorkerSettings) -> None:
         self._store = store
+        self._files = WorkerFiles(store, settings)
         self._settings = settings
         self._lock = threading.Lock()
         self._running: dict[str, RunningAttempt] = {}
@@ -147,7 +193,7 @@ class RunningAttempts:
     @contextmanager
     def entered(self, claim: Claim) -> Iterator[RunningAttempt]:
         """Watches over the attempt for as long as the block takes."""
-        attempt = RunningAttempt(claim, self._store)
+        attempt = RunningAttempt(claim, self._files)
         with self._lock:
             self._running[claim.claim_id] = attempt
             stopping = self._stopping
@@ -192,6 +238,8 @@ class RunningAttempts:
     def _look_once(self) -> None:
         with self._lock:
             running = list(self._running.values())
+        for attempt in running:
+            attempt.expire()
         others = []
         for attempt in running:
             if attempt.renewal_is_due(self._settings.renew_s):

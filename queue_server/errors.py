@@ -3,14 +3,21 @@
 ServiceError
 ├── InvalidField             INVALID_ARGUMENT      a field is missing or out of range
 ├── JobNotFound              NOT_FOUND
+├── JobLost                  NOT_FOUND             Redis came back without an accepted job
 ├── MediaNotFound            NOT_FOUND
+├── QueueNotFound            NOT_FOUND
+├── MediaInvalid             INVALID_ARGUMENT      the file is empty, too large, or not the one announced
 ├── RequestIdReused          ALREADY_EXISTS        the same request_id with another body
 ├── QueueFull                RESOURCE_EXHAUSTED    too many jobs, queues, watchers or bytes
+├── OffsetOutOfRange         OUT_OF_RANGE
+├── UploadTooSlow            DEADLINE_EXCEEDED     the bytes of a file do not come
 ├── StoreUnavailable         UNAVAILABLE           Redis does not answer
+│   └── MediaStoreUnavailable                      nor does what QUEUE_MEDIA_URL names
 ├── Draining                 UNAVAILABLE           the server is shutting down
 ├── WrongState               FAILED_PRECONDITION   the job's state does not allow it
 ├── RevisionOutOfRange       OUT_OF_RANGE
-└── of a job, not of a call: WorkerLost, HandedBack, JobExpired, VisionUnreachable, ResultTooLarge
+└── of a job, not of a call: WorkerLost, HandedBack, JobExpired, VisionUnreachable, ResultTooLarge, VideoUnreadable,
+    WebhookFailed
 """
 
 from __future__ import annotations
@@ -41,6 +48,20 @@ class JobNotFound(ServiceError):
         )
 
 
+class JobLost(ServiceError):
+    """The job had been accepted, and Redis came back from a restart or a failover without it."""
+
+    def __init__(self, *, job_id: str, request_id: str) -> None:
+        again = f"the same request_id, {request_id!r}, is free again" if request_id else "it had no request_id"
+        super().__init__(
+            Code.NOT_FOUND,
+            "JOB_LOST",
+            f"Job {job_id} was accepted, but Redis came back without it.",
+            cure=f"Submit it again; {again}.",
+            metadata={"job_id": job_id, "request_id": request_id},
+        )
+
+
 class MediaNotFound(ServiceError):
     """There is no such file, or no longer."""
 
@@ -51,6 +72,40 @@ class MediaNotFound(ServiceError):
             f"No stored file has the id {media_id[:80]!r}, or its lifetime has passed.",
             cure="Send the file itself as `content`.",
             metadata={"media_id": media_id[:80]},
+        )
+
+
+class MediaInvalid(ServiceError):
+    """What was sent is no file that can be stored."""
+
+    def __init__(self, message: str, *, field: str, cure: str = "", **metadata: object) -> None:
+        super().__init__(Code.INVALID_ARGUMENT, "MEDIA_INVALID", message, cure=cure, field=field, metadata=metadata)
+
+
+class OffsetOutOfRange(ServiceError):
+    """A file was asked for from behind its end."""
+
+    def __init__(self, *, offset_bytes: int, size_bytes: int) -> None:
+        super().__init__(
+            Code.OUT_OF_RANGE,
+            "INVALID_FIELD",
+            f"The file has {size_bytes} bytes; there is nothing from {offset_bytes} on.",
+            cure=f"Ask for offset_bytes 0 to {size_bytes}.",
+            field="offset_bytes",
+            metadata={"offset_bytes": offset_bytes, "size_bytes": size_bytes},
+        )
+
+
+class UploadTooSlow(ServiceError):
+    """The bytes of a file have not come in time."""
+
+    def __init__(self, *, size_bytes: int, limit_s: float) -> None:
+        super().__init__(
+            Code.DEADLINE_EXCEEDED,
+            "DEADLINE_EXCEEDED",
+            f"The upload was given up after {size_bytes} bytes: nothing came for {limit_s:g} s, or all of it took too long.",
+            cure="Send it again; the operator finds the limits in QUEUE_UPLOAD_IDLE_S and QUEUE_UPLOAD_S.",
+            metadata={"size_bytes": size_bytes},
         )
 
 
@@ -94,6 +149,20 @@ class StoreUnavailable(ServiceError):
         )
 
 
+class MediaStoreUnavailable(StoreUnavailable):
+    """The object store does not do as asked."""
+
+    def __init__(self, *, place: str, why: str) -> None:
+        ServiceError.__init__(
+            self,
+            Code.UNAVAILABLE,
+            "STORE_UNAVAILABLE",
+            f"The store of large files, {place}, does not answer: {why}",
+            cure="Try again; the operator finds the address in QUEUE_MEDIA_URL.",
+            retry_after_s=5.0,
+        )
+
+
 class Draining(ServiceError):
     """The server is shutting down."""
 
@@ -109,13 +178,26 @@ class Draining(ServiceError):
 class WrongState(ServiceError):
     """The job is in a state that does not allow what was asked."""
 
-    def __init__(self, *, job_id: str, state: str) -> None:
+    def __init__(self, message: str, *, cure: str, job_id: str, state: str) -> None:
         super().__init__(
             Code.FAILED_PRECONDITION,
             "WRONG_STATE",
-            f"Job {job_id} is {state}; only a job that has ended can be deleted.",
-            cure="Cancel it first.",
+            message,
+            cure=cure,
             metadata={"job_id": job_id, "state": state},
+        )
+
+
+class QueueNotFound(ServiceError):
+    """There is no such queue."""
+
+    def __init__(self, *, queue: str) -> None:
+        super().__init__(
+            Code.NOT_FOUND,
+            "QUEUE_NOT_FOUND",
+            f"No queue has the name {queue!r}: none of that name has had a job.",
+            cure="GetQueueStats tells which there are.",
+            metadata={"queue": queue},
         )
 
 
@@ -185,11 +267,36 @@ class VisionUnreachable(ServiceError):
 class ResultTooLarge(ServiceError):
     """The result of a job is larger than what can be kept and sent."""
 
-    def __init__(self, *, size_bytes: int, limit_bytes: int) -> None:
+    def __init__(self, *, size_bytes: int, limit_bytes: int, cure: str = "") -> None:
         super().__init__(
             Code.FAILED_PRECONDITION,
-            "INVALID_FIELD",
+            "RESULT_TOO_LARGE",
             f"The result has {size_bytes} bytes; the limit is {limit_bytes}.",
-            cure="Send fewer images in one job, leave `annotate` out, or raise QUEUE_MAX_RESULT_BYTES.",
+            cure=cure or "Send fewer images in one job, leave `annotate` out, or raise QUEUE_MAX_RESULT_BYTES.",
             metadata={"size_bytes": size_bytes, "limit_bytes": limit_bytes},
+        )
+
+
+class VideoUnreadable(ServiceError):
+    """The file of a job cannot be read as a video, or not by this worker; another attempt would meet the same."""
+
+    def __init__(self, message: str, *, cure: str = "", at_s: float | None = None) -> None:
+        super().__init__(
+            Code.INVALID_ARGUMENT,
+            "VIDEO_UNREADABLE",
+            message,
+            cure=cure,
+            metadata={} if at_s is None else {"at_s": round(at_s, 3)},
+        )
+
+
+class WebhookFailed(ServiceError):
+    """The receiver of a job's webhook did not take it; kept with the job, never answered to a call."""
+
+    def __init__(self, *, why: str) -> None:
+        super().__init__(
+            Code.UNAVAILABLE,
+            "WEBHOOK_FAILED",
+            f"The webhook was not taken: {why}.",
+            cure="See to the receiver; it must answer 2xx in time.",
         )

@@ -3,6 +3,7 @@
     SCHEDULED → QUEUED → RUNNING → SUCCEEDED | FAILED | CANCELLED
     RUNNING → SCHEDULED (a retry waits) · RUNNING → QUEUED (its worker was lost or stopped)
     SCHEDULED | QUEUED → CANCELLED | EXPIRED
+    FAILED | CANCELLED | EXPIRED → QUEUED (RetryJob, by hand)
 
 Pure: nothing here knows Redis, gRPC or the clock. The scripts in scripts/ make these transitions, the tests hold them to NEXT.
 """
@@ -35,7 +36,7 @@ class Priority(StrEnum):
 
 
 ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
-"""The states that nothing follows."""
+"""The states that nothing follows by itself."""
 
 FIRST = frozenset({JobState.SCHEDULED, JobState.QUEUED})
 """The states that a job may be born in."""
@@ -53,10 +54,10 @@ NEXT: Mapping[JobState, frozenset[JobState]] = {
     ),
     **{state: frozenset() for state in ENDED},
 }
-"""Which state may follow which."""
+"""Which state may follow which by itself."""
 
-KINDS = ("detect", "generate", "analyze", "video")
-"""The kinds of work that are served."""
+RETRIED = frozenset({JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
+"""The ends that RetryJob leads back to QUEUED from: another life of the same job, begun by hand."""
 
 MAX_ATTEMPTS_KEPT = 20
 """Attempts listed in a record; older ones are dropped. No job may be given more that count."""
@@ -145,12 +146,15 @@ class JobFilter:
     kind: str = ""
     label: str = ""
     """`key` or `key=value`."""
+    client: str | None = None
 
     def takes(self, job: Job) -> bool:
         """Whether the job belongs into the list."""
         if self.states and job.state not in self.states:
             return False
         if (self.queue and job.queue != self.queue) or (self.kind and job.kind != self.kind):
+            return False
+        if self.client is not None and job.client != self.client:
             return False
         name, has_value, value = self.label.partition("=")
         return not self.label or (name in job.labels and (not has_value or job.labels[name] == value))

@@ -14,11 +14,12 @@ from queue_server.attempts import RunningAttempt, RunningAttempts, Why
 from queue_server.circuit import Circuit
 from queue_server.errors import HandedBack, JobExpired, StoreUnavailable
 from queue_server.jobs import Backoff, Failure, JobState, after_failure
+from queue_server.lines import of_job, of_row
 from queue_server.settings import WorkerSettings
 from queue_server.vision import Vision
 from queue_server.work import run_kind
 from queue_server.work.task import ItemError, Stopped, VisionFailed
-from queue_server.worker_store import Claim, Outcome, WorkerStore
+from queue_server.worker_store import Claim, Expired, Outcome, WorkerStore
 from serving.errors import ServiceError
 from serving.logs import get_logger
 from serving.status import from_exception
@@ -70,15 +71,17 @@ class Runner:
         claimed = self._insist(lambda: self._store.claim(job_id, dispatch_no, claim_id, self._worker, expired), job_id)
         if isinstance(claimed, Claim):
             return claimed
-        if claimed == "expired":
-            _log.info("job EXPIRED", job_id=job_id)
+        if isinstance(claimed, Expired):
+            _log.info("job EXPIRED: its deadline has passed", **of_row(claimed.row))
+        elif claimed == "gone":
+            _log.warning("message dropped: there is no record of the job", job_id=job_id, dispatch_no=dispatch_no)
         elif claimed is not None:
             _log.debug("message passed over", job_id=job_id, dispatch_no=dispatch_no, why=claimed)
         return None
 
     def _attempt(self, claim: Claim) -> None:
         job = claim.job
-        fields = {"job_id": job.job_id, "client_request_id": job.request_id, "attempt": job.attempt}
+        fields = {**of_job(job), "attempt": job.attempt}
         _log.info("job RUNNING", **fields, kind=job.kind, queue=job.queue)
         began_s = time.monotonic()
         with self._attempts.entered(claim) as running:
@@ -104,10 +107,12 @@ class Runner:
         """The outcome of the attempt; None: it is no longer ours to record one."""
         try:
             job = running.claim.job
-            calls = self._vision.begin(f"{job.job_id}.{job.attempt}", running.is_stopped)
+            calls = self._vision.begin(
+                f"{job.job_id}.{job.attempt}", running.is_stopped, priority=job.priority.value, trace=job.trace
+            )
             result = run_kind(running.task(calls, self._settings), running.claim.job.kind, running.claim.work)
             self._circuit.succeeded()
-            return Outcome(JobState.SUCCEEDED, running.progress, result=result)
+            return Outcome(JobState.SUCCEEDED, running.progress, result=result, files=tuple(running.stored))
         except Stopped:
             return self._stopped(running)
         except VisionFailed as error:
@@ -121,7 +126,7 @@ class Runner:
         except Exception as error:
             if running.is_stopped():
                 return self._stopped(running)
-            _log.exception("a fault of our own", job_id=running.claim.job_id)
+            _log.exception("a fault of our own", **of_job(running.claim.job))
             failure = Failure("INTERNAL", str(error), statuses.write_error(from_exception(error)), retriable=True)
         return self._failed(running, failure)
 
@@ -147,8 +152,7 @@ class Runner:
         )
         _log.warning(
             "attempt failed",
-            job_id=job.job_id,
-            client_request_id=job.request_id,
+            **of_job(job),
             attempt=job.attempt,
             reason=failure.reason,
             message=failure.message,
@@ -175,4 +179,4 @@ class Runner:
                 _log.warning("Redis does not answer; trying again", job_id=job_id, error=str(error))
             if self._stopping.wait(wait_s) or (running is not None and running.why is Why.LOST):
                 return None
-            wait_s = min(5.0, wait_s * 2)
+            wait_s = min(1.0, wait_s * 2)

@@ -15,10 +15,13 @@ from queue_server.records import read_fields
 # The last minutes of GetQueueStats' quantiles, in slots.
 LATENCY_SLOTS = 30
 THROUGHPUT_S = 60
+MAX_CLIENTS_TOLD = 20
 # scripts/record.lua sorts latencies into steps of 10 %.
 STEP = 1.1
-LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
-"""Upper bounds of the Prometheus histogram; scripts/record.lua counts by the same."""
+BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+"""Upper bounds of the Prometheus histograms; scripts/record.lua counts by the same."""
+TIMES = ("total", "wait", "run")
+"""What there is a histogram of: submission to end, queued to begun, an attempt."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,16 @@ class QueueCounts:
     throughput_per_s: float
     latency_p50_s: float | None
     latency_p95_s: float | None
+    paused: bool = False
+    held: int = 0
+    size_bytes: int = 0
+    clients: tuple[tuple[str, int], ...] = ()
+    """Clients with jobs waiting, by how many, those with most first."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """A cumulative latency histogram: counts by upper bound, all of them, their sum."""
+    """A cumulative histogram of times: counts by upper bound, all of them, their sum."""
 
     counts: Mapping[float, int]
     count: int
@@ -54,10 +62,38 @@ class Totals:
     scheduled: int
     running: int
     oldest_age_s: float
+    paused: bool = False
+    held: int = 0
+    size_bytes: int = 0
     attempts: Mapping[str, int] = field(default_factory=dict)
+    outcomes: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Attempts ended, by kind and outcome."""
     ended: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """By kind and state."""
-    latency: Mapping[str, Histogram] = field(default_factory=dict)
+    """Jobs ended, by kind and state."""
+    times: Mapping[tuple[str, str], Histogram] = field(default_factory=dict)
+    """By kind and one of TIMES."""
+
+
+@dataclass(frozen=True)
+class StoreTotals:
+    """What Prometheus is told of the whole store; `memory_limit_bytes` 0: Redis has no maxmemory."""
+
+    worker_count: int = 0
+    memory_bytes: int = 0
+    memory_limit_bytes: int = 0
+    webhooks_waiting: int = 0
+    webhook_tries: Mapping[str, int] = field(default_factory=dict)
+    """By outcome: `delivered`, `failed` (and to be tried again), `given_up`."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How much there is to do in one queue now; `oldest_age_s` is 0 when nothing waits."""
+
+    queue: str
+    depth: int
+    running: int
+    oldest_age_s: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +115,7 @@ class Statistics:
         self._connection = connection
 
     async def queues(self, only: str = "") -> list[QueueCounts]:
-        """The counts of each queue that has had a job, or of one; by name."""
+        """The counts of each queue that has had a job or is paused, or of one; by name."""
         names = await self._names(only)
         now_ms = await self._now_ms()
         slot = now_ms // 1000 // keys.SLOT_S
@@ -87,10 +123,13 @@ class Statistics:
         for name in names:
             pipeline.hgetall(keys.queue_counts(name))
             pipeline.zrange(keys.queue_wait(name), 0, 0, withscores=True)
+            pipeline.sismember(keys.PAUSED, name)
+            pipeline.hget(keys.BYTES, f"q:{name}")
+            pipeline.zrevrange(keys.queue_clients(name), 0, MAX_CLIENTS_TOLD - 1, withscores=True)
             for number in range(slot, slot - LATENCY_SLOTS, -1):
                 pipeline.hgetall(keys.queue_slot(name, number))
         replies = await self._connection.ask(pipeline.execute())
-        width = 2 + LATENCY_SLOTS
+        width = 5 + LATENCY_SLOTS
         return [
             _read_counts(name, replies[index * width : (index + 1) * width], now_ms) for index, name in enumerate(names)
         ]
@@ -103,14 +142,39 @@ class Statistics:
         for name in names:
             pipeline.hgetall(keys.queue_counts(name))
             pipeline.zrange(keys.queue_wait(name), 0, 0, withscores=True)
+            pipeline.sismember(keys.PAUSED, name)
+            pipeline.hget(keys.BYTES, f"q:{name}")
             for kind in kinds:
-                pipeline.hgetall(keys.queue_latency(name, kind))
+                pipeline.hgetall(keys.queue_times(name, kind))
         replies = await self._connection.ask(pipeline.execute())
-        width = 2 + len(kinds)
+        width = 4 + len(kinds)
         return [
             _read_totals(name, kinds, replies[index * width : (index + 1) * width], now_ms)
             for index, name in enumerate(names)
         ]
+
+    async def store_totals(self) -> StoreTotals:
+        """What Prometheus is told beside the queues."""
+        pipeline = self._connection.client.pipeline(transaction=False)
+        pipeline.info("memory").zcard(keys.HOOKS).hgetall(keys.HOOK_COUNTS)
+        memory, webhooks_waiting, tries = await self._connection.ask(pipeline.execute())
+        return StoreTotals(
+            worker_count=len(await self.workers()),
+            memory_bytes=int(memory["used_memory"]),
+            memory_limit_bytes=int(memory.get("maxmemory", 0)),
+            webhooks_waiting=webhooks_waiting,
+            webhook_tries={outcome: int(number) for outcome, number in read_fields(tries).items()},
+        )
+
+    async def depth(self, queue: str) -> Depth:
+        """How much there is to do in a queue; in the same time for any number of jobs. Nothing in one that has had no job."""
+        pipeline = self._connection.client.pipeline(transaction=False)
+        pipeline.hmget(keys.queue_counts(queue), "QUEUED", "RUNNING").zrange(
+            keys.queue_wait(queue), 0, 0, withscores=True
+        ).time()
+        (queued, running), oldest, (seconds, microseconds) = await self._connection.ask(pipeline.execute())
+        now_ms = seconds * 1000 + microseconds // 1000
+        return Depth(queue, int(queued or 0), int(running or 0), _oldest_age_s(oldest, now_ms) or 0.0)
 
     async def workers(self) -> list[WorkerRecord]:
         """The workers that are alive, by name."""
@@ -124,10 +188,8 @@ class Statistics:
         return [_read_worker(name, reply) for name, reply in zip(names, replies, strict=True) if reply]
 
     async def _names(self, only: str) -> list[str]:
-        names = sorted(
-            name.decode() for name in await self._connection.ask(self._connection.client.smembers(keys.QUEUES))
-        )
-        return [name for name in names if not only or name == only]
+        found = await self._connection.ask(self._connection.client.sunion(keys.QUEUES, keys.PAUSED))
+        return sorted(name.decode() for name in found if not only or name.decode() == only)
 
     async def _now_ms(self) -> int:
         seconds, microseconds = await self._connection.ask(self._connection.client.time())
@@ -148,9 +210,9 @@ def quantile(steps: Mapping[int, int], share: float) -> float | None:
     raise AssertionError("share is at most 1")
 
 
-def _read_counts(name: str, replies: list[dict[bytes, bytes]], now_ms: int) -> QueueCounts:
+def _read_counts(name: str, replies: list[Any], now_ms: int) -> QueueCounts:
     counts = _Counts(replies[0])
-    slots = [read_fields(slot) for slot in replies[2:]]
+    slots = [read_fields(slot) for slot in replies[5:]]
     steps: dict[int, int] = {}
     for slot in slots:
         for key, value in slot.items():
@@ -170,35 +232,55 @@ def _read_counts(name: str, replies: list[dict[bytes, bytes]], now_ms: int) -> Q
         throughput_per_s=succeeded / seconds,
         latency_p50_s=quantile(steps, 0.5),
         latency_p95_s=quantile(steps, 0.95),
+        paused=bool(replies[2]),
+        held=counts["HELD"],
+        size_bytes=int(replies[3] or 0),
+        clients=tuple((client.decode(), int(waiting)) for client, waiting in replies[4]),
     )
 
 
-def _read_totals(name: str, kinds: tuple[str, ...], replies: list[dict[bytes, bytes]], now_ms: int) -> Totals:
+def _read_totals(name: str, kinds: tuple[str, ...], replies: list[Any], now_ms: int) -> Totals:
     counts = _Counts(replies[0])
     attempts: dict[str, int] = {}
+    outcomes: dict[tuple[str, str], int] = {}
     ended: dict[tuple[str, str], int] = {}
     for key, value in counts.fields.items():
         match key.split(":"):
             case ["attempts", kind]:
                 attempts[kind] = int(value)
+            case ["outcome", kind, outcome]:
+                outcomes[kind, outcome] = int(value)
             case ["ended", kind, state]:
                 ended[kind, state] = int(value)
-    latency = {}
-    for kind, reply in zip(kinds, replies[2:], strict=True):
+    times = {}
+    for kind, reply in zip(kinds, replies[4:], strict=True):
         fields = read_fields(reply)
-        if fields:
-            by_bound = {bound: int(fields.get(f"{bound:g}", 0)) for bound in LATENCY_BUCKETS_S}
-            latency[kind] = Histogram(by_bound, int(fields["count"]), float(fields["sum"]))
+        for name in TIMES:
+            if f"{name}:ms" in fields:
+                times[kind, name] = _read_histogram(fields, name)
     return Totals(
         queue=name,
         depth=counts["QUEUED"],
         scheduled=counts["SCHEDULED"],
         running=counts["RUNNING"],
         oldest_age_s=_oldest_age_s(replies[1], now_ms) or 0.0,
+        paused=bool(replies[2]),
+        held=counts["HELD"],
+        size_bytes=int(replies[3] or 0),
         attempts=attempts,
+        outcomes=outcomes,
         ended=ended,
-        latency=latency,
+        times=times,
     )
+
+
+def _read_histogram(fields: Mapping[str, str], name: str) -> Histogram:
+    """Adds up: the scripts count each time once, in the bucket that it falls into."""
+    count, by_bound = 0, {}
+    for bound in BUCKETS_S:
+        count += int(fields.get(f"{name}:{bound:g}", 0))
+        by_bound[bound] = count
+    return Histogram(by_bound, count + int(fields.get(f"{name}:inf", 0)), int(fields[f"{name}:ms"]) / 1000)
 
 
 class _Counts:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from queue_server import statuses
 from queue_server.errors import JobExpired, StoreUnavailable, WorkerLost
-from queue_server.jobs import KINDS, Priority
+from queue_server.jobs import Priority
+from queue_server.lines import of_row
 from queue_server.metrics import JobMetrics
 from queue_server.records import write_status
 from queue_server.settings import QueueSettings
 from queue_server.statistics import Statistics
-from queue_server.store import Store
+from queue_server.store import SWEPT, Store
+from queue_server.work import KINDS
 from serving.logs import get_logger
 
 # The gauges and the lost messages can wait for a few ticks.
@@ -35,6 +38,7 @@ class Sweeper:
         self._metrics = metrics
         self._settings = settings
         self._task: asyncio.Task[None] | None = None
+        self._ended_s = time.monotonic()
         self._leases_from_s = 0.0
         self._overdue_from_s = 0.0
         self._metrics_from_s = 0.0
@@ -50,10 +54,16 @@ class Sweeper:
             with suppress(asyncio.CancelledError):
                 await self._task
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last round ended well; since the start before the first."""
+        return time.monotonic() - self._ended_s
+
     async def _run(self) -> None:
         while True:
             try:
                 await self.sweep()
+                self._ended_s = time.monotonic()
             except StoreUnavailable as error:
                 _log.debug("cannot sweep", error=str(error))
                 # While Redis was away no lease could be renewed: the workers get a whole lease before theirs count as lost.
@@ -65,46 +75,51 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """Does one round; raises StoreUnavailable."""
-        for job_id, request_id in await self._store.sweep("sweep_due"):
-            _log.info("job QUEUED: its time has come", job_id=job_id, client_request_id=request_id)
+        async for row in self._all("sweep_due"):
+            _log.info("job QUEUED: its time has come", **of_row(row))
         expired = write_status(statuses.write_error(JobExpired()))
-        for job_id, request_id in await self._store.sweep("sweep_expired", expired=expired):
-            _log.info("job EXPIRED", job_id=job_id, client_request_id=request_id)
+        async for row in self._all("sweep_expired", expired=expired):
+            _log.info("job EXPIRED: its deadline has passed", **of_row(row))
         if time.monotonic() >= self._leases_from_s:
             await self._sweep_lost()
         if time.monotonic() >= self._overdue_from_s:
             self._overdue_from_s = time.monotonic() + min(OVERDUE_EVERY_S, self._settings.overdue_s)
             await self._sweep_overdue()
-        for job_id, request_id in await self._store.sweep("sweep_forgotten"):
-            _log.info("job forgotten: its lifetime has passed", job_id=job_id, client_request_id=request_id)
+            await self._store.release_held()
+        async for row in self._all("sweep_forgotten"):
+            _log.info("job forgotten: its lifetime has passed", **of_row(row))
         if time.monotonic() >= self._metrics_from_s:
             self._metrics_from_s = time.monotonic() + METRICS_S
-            self._metrics.update(await self._statistics.totals(KINDS), len(await self._statistics.workers()))
+            self._metrics.update(await self._statistics.totals(tuple(KINDS)), await self._statistics.store_totals())
+
+    async def _all(self, script: str, **parameters: object) -> AsyncIterator[list[str]]:
+        """Every job that a script moves, however many there are."""
+        while True:
+            moved = await self._store.sweep(script, **parameters)
+            for row in moved:
+                yield row
+            if len(moved) < SWEPT:
+                return
 
     async def _sweep_lost(self) -> None:
         errors: dict[str, str] = {}
         # The script knows who was lost, this process how to write a Status: first the names, then with a Status for each.
-        for _ in range(2):
-            unknown = False
-            for job_id, request_id, state, worker in await self._store.sweep("sweep_lost", errors=errors):
+        while True:
+            moved = await self._store.sweep("sweep_lost", errors=errors)
+            for row in moved:
+                state, worker = row[3:]
                 if state == "UNKNOWN":
                     errors[worker] = write_status(statuses.write_error(WorkerLost(worker=worker)))
-                    unknown = True
                 else:
-                    _log.warning(
-                        f"job {state}: its worker stopped answering",
-                        job_id=job_id,
-                        client_request_id=request_id,
-                        worker=worker,
-                    )
-            if not unknown:
+                    _log.warning(f"job {state}: its worker stopped answering", **of_row(row), worker=worker)
+            if not any(row[3] == "UNKNOWN" for row in moved) and len(moved) < SWEPT:
                 return
 
     async def _sweep_overdue(self) -> None:
-        moved = await self._store.sweep(
+        # One run a time: those that were sent again are overdue no more.
+        for row in await self._store.sweep(
             "sweep_overdue",
             priorities=[priority.value for priority in Priority],
             overdue_ms=round(self._settings.overdue_s * 1000),
-        )
-        for job_id, request_id in moved:
-            _log.warning("job sent again: nobody had its message", job_id=job_id, client_request_id=request_id)
+        ):
+            _log.warning("job sent again: nobody had its message", **of_row(row))

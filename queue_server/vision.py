@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -26,6 +27,8 @@ _RETRIABLE = frozenset(
         *(grpc.StatusCode.ABORTED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN),
     }
 )
+# A full server that does not say when to come again (gRPC itself refused the call) is asked after this time.
+FULL_AGAIN_S = 1.0
 # Reasons that lie in one image and say nothing about the others.
 _OF_THE_ITEM = frozenset(
     {"IMAGE_UNREADABLE", "IMAGE_TOO_LARGE", "IMAGE_EMPTY", "MESSAGE_UNREADABLE", "PROMPT_TOO_LONG"}
@@ -60,8 +63,12 @@ class Vision:
             self._channel.unsubscribe(self._on_connectivity)
             self._channel.close()
 
-    def begin(self, request_id: str, stopping: Callable[[], bool]) -> VisionCalls:
+    def begin(
+        self, request_id: str, stopping: Callable[[], bool], *, priority: str = "", trace: str = ""
+    ) -> VisionCalls:
         """The calls of one attempt, once the server can be reached; its log names them by `request_id`.
+
+        `priority` says whose turn it is when the server is busy, unless a request says so itself; `trace`: a W3C traceparent.
 
         Raises:
             VisionFailed: it cannot; the attempt is free.
@@ -75,8 +82,10 @@ class Vision:
                 raise Stopped
             if time.monotonic() >= until_s:
                 raise VisionFailed(self._unreachable(f"no connection within {self._connect_s:g} s", free=True))
+        words = {"x-request-id": request_id, "x-priority": priority, "traceparent": trace}
+        metadata = tuple((key, value) for key, value in words.items() if value)
         return VisionCalls(
-            vision_service_pb2_grpc.VisionServiceStub(self._channel), request_id, self._call_s, self._unreachable
+            vision_service_pb2_grpc.VisionServiceStub(self._channel), metadata, self._call_s, self._unreachable
         )
 
     def _on_connectivity(self, state: grpc.ChannelConnectivity) -> None:
@@ -94,13 +103,17 @@ class Vision:
 class VisionCalls:
     """The calls of one attempt; `cancel` stops those that run and forbids more."""
 
-    def __init__(self, stub: Any, request_id: str, call_s: float, unreachable: Callable[..., Failure]) -> None:
+    def __init__(
+        self, stub: Any, metadata: tuple[tuple[str, str], ...], call_s: float, unreachable: Callable[..., Failure]
+    ) -> None:
         self._stub = stub
-        self._metadata = (("x-request-id", request_id),)
+        self._metadata = metadata
         self._call_s = call_s
         self._unreachable = unreachable
         self._lock = threading.Lock()
-        self._running: set[_Call] = set()
+        self._running: dict[_Call, float] = {}
+        """Each with the moment until which its next answer must have come, for those that have no deadline of gRPC's."""
+        self._expired: set[_Call] = set()
         self._cancelled = False
 
     def detect(self, request: vision_service_pb2.DetectRequest) -> Answer[vision_service_pb2.DetectResponse]:
@@ -121,11 +134,7 @@ class VisionCalls:
         Raises:
             VisionFailed, Stopped.
         """
-        with self._lock:
-            if self._cancelled:
-                raise Stopped
-            call = self._stub.Generate(request, timeout=self._call_s, metadata=self._metadata)
-            self._running.add(call)
+        call = self._made(lambda: self._stub.Generate(request, timeout=self._call_s, metadata=self._metadata))
         pieces = 0
         try:
             for response in call:
@@ -134,10 +143,45 @@ class VisionCalls:
                 pieces += 1
                 on_tokens(pieces)
         except grpc.RpcError as error:
-            raise self._translated(error) from error
+            raise self._translated(error, call) from error
         finally:
             self._ended(call)
         raise VisionFailed(self._unreachable("the answer broke off before its summary", free=False))
+
+    def detect_stream(
+        self,
+        config: vision_service_pb2.StreamConfig,
+        frames: Iterator[vision_service_pb2.Frame],
+        *,
+        max_in_flight: int,
+    ) -> Generator[vision_service_pb2.FrameResult]:
+        """Makes a DetectStream: each frame's result, in their order. To be closed.
+
+        `frames` is read by a thread of gRPC's, no more than `max_in_flight` ahead of the results that were taken here; it must
+        end soon after the attempt has been stopped. The stream lasts as long as the frames do, but not longer than a call may
+        without an answer.
+
+        Raises:
+            VisionFailed, Stopped; what `frames` raised, once all those before it are answered.
+        """
+        outgoing = _OutgoingFrames(config, frames, max_in_flight)
+        call = self._made(lambda: self._stub.DetectStream(outgoing.requests(), metadata=self._metadata), self._call_s)
+        try:
+            for response in call:
+                with self._lock:
+                    self._running[call] = time.monotonic() + self._call_s
+                if response.WhichOneof("message") == "summary":
+                    if outgoing.failure is not None:
+                        raise outgoing.failure
+                    return
+                yield response.result
+                outgoing.answered()
+        except grpc.RpcError as error:
+            raise self._translated(error, call) from error
+        finally:
+            outgoing.stop()
+            self._ended(call)
+        raise VisionFailed(self._unreachable("the stream broke off before its summary", free=False))
 
     def cancel(self) -> None:
         """Cancels what runs; safe from any thread, also twice."""
@@ -147,29 +191,48 @@ class VisionCalls:
         for call in running:
             call.cancel()
 
+    def expire(self) -> None:
+        """Cancels the streams that have not been answered for too long; to be called now and then."""
+        now_s = time.monotonic()
+        with self._lock:
+            late = [call for call, until_s in self._running.items() if until_s < now_s]
+            self._expired.update(late)
+        for call in late:
+            call.cancel()
+
     def _begin(self, method: Callable[..., Any], request: object) -> Any:
+        call = self._made(lambda: method(request, timeout=self._call_s, metadata=self._metadata))
+        return _Pending(call, self)
+
+    def _made(self, make: Callable[[], Any], answer_s: float = math.inf) -> Any:
         with self._lock:
             if self._cancelled:
                 raise Stopped
-            call = method(request, timeout=self._call_s, metadata=self._metadata)
-            self._running.add(call)
-        return _Pending(call, self)
+            call = make()
+            self._running[call] = time.monotonic() + answer_s
+        return call
 
     def _ended(self, call: _Call) -> None:
         with self._lock:
-            self._running.discard(call)
+            self._running.pop(call, None)
         # A stream that is left before its end must be told so; one that has ended does not mind.
         call.cancel()
 
-    def _cut_off(self) -> Exception:
+    def _cut_off(self, call: _Call) -> Exception:
         """What a cancelled call means: that we stopped it, or that the server did."""
-        return Stopped() if self._cancelled else VisionFailed(self._unreachable("it ended the call", free=False))
+        if self._cancelled:
+            return Stopped()
+        if call not in self._expired:
+            return VisionFailed(self._unreachable("it ended the call", free=False))
+        message = f"No frame was answered for {self._call_s:g} s."
+        status = Status(code=grpc.StatusCode.DEADLINE_EXCEEDED.value[0], message=message)
+        return VisionFailed(Failure("DEADLINE_EXCEEDED", message, status.SerializeToString(), retriable=True))
 
-    def _translated(self, error: Any) -> Exception:
+    def _translated(self, error: Any, call: _Call) -> Exception:
         """What a failed call means: for the attempt (VisionFailed), for one item (ItemError), or that it was stopped."""
         code: grpc.StatusCode = error.code()
         if self._cancelled or code == grpc.StatusCode.CANCELLED:
-            return self._cut_off()
+            return self._cut_off(call)
         status = _status_of(error)
         reason, retry_after_s = _read_details(status.details)
         if reason in _OF_THE_ITEM or (
@@ -188,9 +251,43 @@ class VisionCalls:
                 retriable=code in _RETRIABLE,
                 # The server itself said "later" (loading, full, shutting down): the work was not begun.
                 free=later,
-                retry_after_s=retry_after_s or 0.0,
+                retry_after_s=retry_after_s or (FULL_AGAIN_S if code == grpc.StatusCode.RESOURCE_EXHAUSTED else 0.0),
             )
         )
+
+
+class _OutgoingFrames:
+    """The requests of a DetectStream: the config, then the frames, a bounded number of them unanswered."""
+
+    def __init__(
+        self, config: vision_service_pb2.StreamConfig, frames: Iterator[vision_service_pb2.Frame], max_in_flight: int
+    ) -> None:
+        self._config = config
+        self._frames = frames
+        self._room = threading.Semaphore(max_in_flight)
+        self._stopped = False
+        self.failure: Exception | None = None
+        """What the frames raised. gRPC would log it, cancel the call, and tell nobody what it was."""
+
+    def requests(self) -> Iterator[vision_service_pb2.DetectStreamRequest]:
+        """For gRPC's own thread."""
+        yield vision_service_pb2.DetectStreamRequest(config=self._config)
+        try:
+            for frame in self._frames:
+                while not self._room.acquire(timeout=0.1):
+                    if self._stopped:
+                        return
+                yield vision_service_pb2.DetectStreamRequest(frame=frame)
+        except Exception as error:
+            self.failure = error
+
+    def answered(self) -> None:
+        """One frame was; there is room for one more."""
+        self._room.release()
+
+    def stop(self) -> None:
+        """No more frames."""
+        self._stopped = True
 
 
 class _Pending:
@@ -206,9 +303,9 @@ class _Pending:
             return self._call.result()
         except grpc.FutureCancelledError:
             # grpc says this of every CANCELLED, also of one that the server chose.
-            raise self._calls._cut_off() from None
+            raise self._calls._cut_off(self._call) from None
         except grpc.RpcError as error:
-            raise self._calls._translated(error) from error
+            raise self._calls._translated(error, self._call) from error
         finally:
             self._calls._ended(self._call)
 

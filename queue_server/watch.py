@@ -15,6 +15,7 @@ from queue_server.connection import Connection
 from queue_server.errors import Draining, QueueFull, RevisionOutOfRange, StoreUnavailable
 from queue_server.jobs import Job
 from queue_server.records import history, read_job
+from queue_server.redis_address import close
 from queue_server.store import Store
 from serving.logs import get_logger
 
@@ -40,6 +41,11 @@ class Watches:
     async def start(self) -> None:
         """Begins to listen."""
         self._reader = asyncio.create_task(self._read_door(), name="watch door")
+
+    @property
+    def count(self) -> int:
+        """Callers that watch now."""
+        return self._count
 
     def drain(self) -> None:
         """Sends every watcher away; each can go on, at another server or later, from the revision it has."""
@@ -75,9 +81,10 @@ class Watches:
                     for job in history(kept):
                         if job.revision > after_revision:
                             yield job
-                    after_revision = now.revision
-                elif first and now.ended:
+                elif now.ended or now.revision < after_revision:
+                    # Asked for again after its end; or Redis has come back without the last changes, and it goes on from there.
                     yield now
+                after_revision = now.revision
                 if now.ended:
                     return
                 if self._draining:
@@ -106,13 +113,14 @@ class Watches:
             if not self._waiting[job_id]:
                 del self._waiting[job_id]
 
-    def _ring(self, job_id: str) -> None:
+    def ring(self, job_id: str) -> None:
+        """Has the job's watchers look at it."""
         for changed in self._waiting.get(job_id, ()):
             changed.set()
 
     def _ring_all(self) -> None:
         for job_id in list(self._waiting):
-            self._ring(job_id)
+            self.ring(job_id)
 
     async def _read_door(self) -> None:
         client = self._connection.open_blocking_client()
@@ -132,7 +140,7 @@ class Watches:
                     for _, entries in reply or ():
                         for entry_id, fields in entries:
                             position = entry_id
-                            self._ring(fields[b"j"].decode())
+                            self.ring(fields[b"j"].decode())
                 except StoreUnavailable as error:
                     _log.debug("the door does not answer", error=str(error))
                     # A Redis that was emptied meanwhile begins its stream anew: start from its end, not from our position.
@@ -140,4 +148,4 @@ class Watches:
                     self._ring_all()
                     await asyncio.sleep(0.5)
         finally:
-            await client.aclose()
+            await close(client)

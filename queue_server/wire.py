@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from ai4thai.queue.v1 import job_pb2, queue_service_pb2, work_pb2
-from ai4thai.vision.v1 import generation_pb2
+from ai4thai.queue.v1 import job_pb2, queue_service_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from queue_server.addresses import AddressRefused, Guard
 from queue_server.errors import InvalidField, JobNotFound
 from queue_server.jobs import Attempt, Job, JobFilter, JobState, Priority, Submission, Webhook
 from queue_server.settings import QueueSettings
 from queue_server.statistics import QueueCounts, WorkerRecord
-from serving.errors import not_served_yet
+from queue_server.work import read_kind
+from queue_server.work.files import Files
+from serving.traces import TRACEPARENT, read_traceparent
 
 MAX_REQUEST_ID = 128
 MAX_LABELS = 32
 MAX_LABEL = 128
-MAX_IMAGES = 1000
 MAX_ATTEMPTS = 20
+MAX_BATCH = 1000
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 500
 # Ten years: beyond it a time is a slip of units rather than a plan.
 MAX_AHEAD_MS = 10 * 366 * 24 * 3600 * 1000
 
 _QUEUE_NAME = re.compile(r"[a-z0-9_-]{1,64}")
+_CLIENT_NAME = re.compile(r"[a-zA-Z0-9_.@-]{1,64}")
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
-_MEDIA_ID = re.compile(r"sha256:[0-9a-f]{64}")
 
 _PRIORITIES = {
     job_pb2.PRIORITY_UNSPECIFIED: Priority.STANDARD,
@@ -39,14 +42,24 @@ _PRIORITIES = {
 }
 
 
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, by the call's metadata: `client` its `x-client-id`, `trace` its W3C `traceparent`; empty without."""
+
+    client: str = ""
+    trace: str = ""
+
+
 # ---- requests
 
 
-def read_submission(request: queue_service_pb2.SubmitJobRequest, job_id: str, settings: QueueSettings) -> Submission:
+def read_submission(
+    request: queue_service_pb2.SubmitJobRequest, job_id: str, caller: Caller, settings: QueueSettings
+) -> Submission:
     """Checks a submission and takes its images out of it. Hashes them: not for the event loop when they are large.
 
     Raises:
-        InvalidField, and NOT_SERVED_YET for video.
+        InvalidField.
     """
     size_bytes = request.ByteSize()
     if size_bytes > settings.max_request_bytes:
@@ -69,8 +82,9 @@ def read_submission(request: queue_service_pb2.SubmitJobRequest, job_id: str, se
     deadline_ms = _read_time(request, "deadline")
     if deadline_ms and deadline_ms <= not_before_ms:
         raise InvalidField("deadline", "The deadline is not after not_before_time: the job could never run.")
-    kind, work, blobs, item_count = _read_work(request.work, settings.max_image_bytes)
-    # The same images, sent as bytes or by id, are the same request.
+    files = Files(settings.max_image_bytes)
+    kind, work, item_count = read_kind(request.work, files)
+    # The same images, sent as bytes or by id, are the same request; so is one whose times, reckoned from now, have moved on.
     bare = queue_service_pb2.SubmitJobRequest()
     bare.CopyFrom(_without_work(request))
     bare.work.CopyFrom(work)
@@ -88,8 +102,11 @@ def read_submission(request: queue_service_pb2.SubmitJobRequest, job_id: str, se
         kind=kind,
         item_count=item_count,
         work=work.SerializeToString(),
-        blobs=blobs,
-        media_ids=tuple(dict.fromkeys(source.media_id for source in _sources(work))),
+        blobs=files.contents,
+        media_ids=files.media_ids,
+        client=read_client(request.client, "client") or caller.client,
+        trace=caller.trace,
+        webhook_url=_read_webhook(request, settings),
     )
 
 
@@ -114,6 +131,28 @@ def read_queue(value: str, field: str) -> str:
     return value
 
 
+def read_client(value: str, field: str) -> str:
+    """The name of a client, empty when none was sent; raises InvalidField."""
+    if value and not _CLIENT_NAME.fullmatch(value):
+        raise InvalidField(field, f"The client name {value[:80]!r} is not 1 to 64 characters of a-z A-Z 0-9 - _ . @.")
+    return value
+
+
+def read_caller(metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+    """What a call's metadata says of the caller; raises InvalidField."""
+    found = {name: value for name, value in metadata if isinstance(value, str)}
+    return Caller(
+        client=read_client(found.get("x-client-id", ""), "x-client-id"), trace=read_traceparent(found.get(TRACEPARENT))
+    )
+
+
+def read_batch(request: queue_service_pb2.BatchSubmitJobsRequest) -> Sequence[queue_service_pb2.SubmitJobRequest]:
+    """The submissions of a batch; raises InvalidField."""
+    if not 1 <= len(request.requests) <= MAX_BATCH:
+        raise InvalidField("requests", f"There are {len(request.requests)} submissions; it must be 1 to {MAX_BATCH}.")
+    return request.requests
+
+
 def read_list(request: queue_service_pb2.ListJobsRequest) -> tuple[JobFilter, int, str]:
     """The filter, the page size and the cursor of a list; raises InvalidField."""
     if not 0 <= request.page_size <= MAX_PAGE_SIZE:
@@ -127,7 +166,13 @@ def read_list(request: queue_service_pb2.ListJobsRequest) -> tuple[JobFilter, in
         if number not in job_pb2.JobState.values():
             raise InvalidField("states", f"There is no state {number}.")
         states.append(JobState(job_pb2.JobState.Name(number).removeprefix("JOB_STATE_")))
-    wanted = JobFilter(frozenset(states), read_queue(request.queue, "queue"), request.kind, request.label)
+    wanted = JobFilter(
+        frozenset(states),
+        read_queue(request.queue, "queue"),
+        request.kind,
+        request.label,
+        read_client(request.client, "client") or None,
+    )
     return wanted, request.page_size or DEFAULT_PAGE_SIZE, request.page_token
 
 
@@ -143,6 +188,23 @@ def _read_time(request: queue_service_pb2.SubmitJobRequest, field: str) -> int:
     return stamp.ToMilliseconds()
 
 
+def _read_webhook(request: queue_service_pb2.SubmitJobRequest, settings: QueueSettings) -> str:
+    """The webhook's URL, empty without one. Where its host's name leads is seen when it is sent."""
+    if not request.HasField("webhook"):
+        return ""
+    if not settings.webhook_secret.get_secret_value():
+        raise InvalidField(
+            "webhook",
+            "This server sends no webhooks: it has no secret to sign them with.",
+            cure="Leave `webhook` out and watch the job (WatchJob), or have the operator set QUEUE_WEBHOOK_SECRET.",
+        )
+    try:
+        Guard(settings.webhook_allowed_hosts.split(",")).read_url(request.webhook.url)
+    except AddressRefused as error:
+        raise InvalidField("webhook.url", f"No webhook is sent to {request.webhook.url[:200]!r}: {error}.") from None
+    return request.webhook.url
+
+
 def _read_labels(request: queue_service_pb2.SubmitJobRequest) -> dict[str, str]:
     if len(request.labels) > MAX_LABELS:
         raise InvalidField("labels", f"There are {len(request.labels)} labels; the limit is 32.")
@@ -154,113 +216,13 @@ def _read_labels(request: queue_service_pb2.SubmitJobRequest) -> dict[str, str]:
     return dict(request.labels)
 
 
-def _read_work(work: work_pb2.Work, max_image_bytes: int) -> tuple[str, work_pb2.Work, dict[str, bytes], int]:
-    """The kind, the work with ids in place of bytes, the images that came along, and how many items it has."""
-    kind = work.WhichOneof("work")
-    if kind is None:
-        raise InvalidField("work", "work is not set.", cure="Set one of work.detect, work.generate, work.analyze.")
-    if kind == "video":
-        raise not_served_yet("VideoWork")
-    blobs: dict[str, bytes] = {}
-    light = work_pb2.Work()
-    item_count = 1
-    if kind == "generate":
-        _read_conversation(work.generate, light.generate, blobs, max_image_bytes)
-    else:
-        asked = work.detect if kind == "detect" else work.analyze
-        item_count = len(asked.images)
-        if not 1 <= item_count <= MAX_IMAGES:
-            raise InvalidField(f"work.{kind}.images", f"There are {item_count} images; it must be 1 to {MAX_IMAGES}.")
-        if kind == "analyze" and not work.analyze.question.strip():
-            raise InvalidField("work.analyze.question", "The question is empty.")
-        target = light.detect.images if kind == "detect" else light.analyze.images
-        for index, source in enumerate(asked.images):
-            target.append(_read_source(source, f"work.{kind}.images[{index}]", blobs, max_image_bytes))
-        if kind == "detect":
-            if work.detect.HasField("options"):
-                light.detect.options.CopyFrom(work.detect.options)
-        else:
-            light.analyze.question, light.analyze.model = work.analyze.question, work.analyze.model
-            if work.analyze.HasField("detect_options"):
-                light.analyze.detect_options.CopyFrom(work.analyze.detect_options)
-            if work.analyze.HasField("generate_options"):
-                light.analyze.generate_options.CopyFrom(work.analyze.generate_options)
-    return kind, light, blobs, item_count
-
-
-def _read_conversation(
-    asked: work_pb2.GenerateWork, light: work_pb2.GenerateWork, blobs: dict[str, bytes], max_image_bytes: int
-) -> None:
-    if not asked.messages:
-        raise InvalidField("work.generate.messages", "There are no messages.")
-    if asked.messages[-1].role != generation_pb2.ROLE_USER:
-        raise InvalidField("work.generate.messages", "The last message is not the user's.")
-    light.model = asked.model
-    if asked.HasField("options"):
-        light.options.CopyFrom(asked.options)
-    for number, message in enumerate(asked.messages):
-        path = f"work.generate.messages[{number}]"
-        if message.role == generation_pb2.ROLE_UNSPECIFIED:
-            raise InvalidField(f"{path}.role", "The role is not set.", cure="Send ROLE_USER for the person who asks.")
-        if not message.parts:
-            raise InvalidField(f"{path}.parts", "The message has no parts.")
-        turn = light.messages.add(role=message.role)
-        for index, part in enumerate(message.parts):
-            match part.WhichOneof("part"):
-                case "text":
-                    turn.parts.add(text=part.text)
-                case "image":
-                    source = _read_source(part.image, f"{path}.parts[{index}].image", blobs, max_image_bytes)
-                    turn.parts.add(image=source)
-                case _:
-                    raise InvalidField(f"{path}.parts[{index}]", "Neither text nor image is set.")
-
-
-def _read_source(
-    source: work_pb2.MediaSource, path: str, blobs: dict[str, bytes], max_image_bytes: int
-) -> work_pb2.MediaSource:
-    """The same image by its id; its bytes, if they came along, go into `blobs`."""
-    if source.WhichOneof("source") == "media_id":
-        if not _MEDIA_ID.fullmatch(source.media_id):
-            raise InvalidField(
-                f"{path}.media_id",
-                f"{source.media_id[:80]!r} is no media id.",
-                cure="It is `sha256:` and 64 hex digits.",
-            )
-        return work_pb2.MediaSource(media_id=source.media_id)
-    if not source.content:
-        raise InvalidField(path, "The image is empty: neither content nor media_id is set.")
-    if len(source.content) > max_image_bytes:
-        raise InvalidField(
-            f"{path}.content",
-            f"The image has {len(source.content)} bytes; the limit is {max_image_bytes}.",
-            cure="Send a smaller one, or raise QUEUE_MAX_IMAGE_BYTES.",
-            size_bytes=len(source.content),
-            limit_bytes=max_image_bytes,
-        )
-    media_id = "sha256:" + hashlib.sha256(source.content).hexdigest()
-    blobs[media_id] = source.content
-    return work_pb2.MediaSource(media_id=media_id)
-
-
-def _sources(work: work_pb2.Work) -> Iterable[work_pb2.MediaSource]:
-    yield from work.detect.images
-    yield from work.analyze.images
-    for message in work.generate.messages:
-        for part in message.parts:
-            if part.WhichOneof("part") == "image":
-                yield part.image
-
-
 def _without_work(request: queue_service_pb2.SubmitJobRequest) -> queue_service_pb2.SubmitJobRequest:
-    """A copy that leaves the images where they are."""
+    """A copy without the work, whose images stay where they are, and without the times."""
     bare = queue_service_pb2.SubmitJobRequest(
         queue=request.queue, priority=request.priority, max_attempts=request.max_attempts, labels=request.labels
     )
-    if request.HasField("not_before_time"):
-        bare.not_before_time.CopyFrom(request.not_before_time)
-    if request.HasField("deadline"):
-        bare.deadline.CopyFrom(request.deadline)
+    if request.HasField("webhook"):
+        bare.webhook.CopyFrom(request.webhook)
     return bare
 
 
@@ -316,6 +278,10 @@ def write_queue(counts: QueueCounts) -> queue_service_pb2.QueueStats:
         throughput_per_second=counts.throughput_per_s,
         latency_p50=_duration(counts.latency_p50_s),
         latency_p95=_duration(counts.latency_p95_s),
+        paused=counts.paused,
+        held=counts.held,
+        size_bytes=counts.size_bytes,
+        clients=[queue_service_pb2.ClientStats(client=client, waiting=waiting) for client, waiting in counts.clients],
     )
 
 

@@ -24,6 +24,7 @@ from queue_server.attempts import RunningAttempts
 from queue_server.errors import StoreUnavailable
 from queue_server.runner import Runner
 from queue_server.settings import WorkerSettings
+from queue_server.temporary import delete_abandoned
 from queue_server.vision import Vision
 from queue_server.worker_store import WorkerStore
 from serving import logs
@@ -57,6 +58,7 @@ class Worker:
     def start(self) -> None:
         """Begins to take jobs; Redis and the vision server may be away."""
         self._start_ms = int(time.time() * 1000)
+        delete_abandoned()
         self._store.start()
         self._vision.start()
         self._attempts.start()

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import redis
-from redis.backoff import NoBackoff
 from redis.commands.core import Script
-from redis.retry import Retry
 
 from queue_server import keys, scripts
 from queue_server.connection import translated
 from queue_server.jobs import NO_PROGRESS, Job, JobState, Progress
 from queue_server.records import read_fields, read_job, write_status
+from queue_server.redis_address import read_address
 from queue_server.settings import WorkerSettings
 
 
@@ -34,11 +33,19 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Expired:
+    """A job whose deadline had passed when it was to be claimed; `row` is for lines.of_row."""
+
+    row: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a worker says of its attempt.
 
     `state` is an end, SCHEDULED (try again after `delay_s`) or QUEUED (another worker may have it now). `error`: why the attempt
     failed; `job_error`: why the job did, for FAILED; both serialised Statuses. `free`: the attempt does not count.
+    `files`: the ids of the stored files that belong to the result; they live as long as the job.
     """
 
     state: JobState
@@ -48,6 +55,7 @@ class Outcome:
     job_error: bytes = b""
     delay_s: float = 0.0
     free: bool = False
+    files: tuple[str, ...] = ()
 
 
 class WorkerStore:
@@ -60,18 +68,16 @@ class WorkerStore:
         self._settings = settings
         self._client: redis.Redis | None = None
         self._scripts: dict[str, Script] = {}
-        self._keep = settings.keep_ms
+        self._keep, self._share = settings.keep_ms, settings.share
         self._lease_ms = round(settings.lease_s * 1000)
 
     def start(self) -> None:
         """Makes the client; the first command connects."""
-        self._client = redis.Redis.from_url(
-            self._settings.url,
+        self._client = read_address(self._settings.url).client(
             # Long: a Redis that stalls (a fork, a slow disk) must not make a worker give up what it holds.
-            socket_timeout=30,
-            socket_connect_timeout=3,
-            health_check_interval=30,
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            timeout_s=30,
+            connect_timeout_s=3,
+            health_check_s=30,
         )
         self._scripts = {name: self._client.register_script(text) for name, text in scripts.load_all().items()}
 
@@ -87,9 +93,12 @@ class WorkerStore:
             raise RuntimeError("The store has not been started.")
         return self._client
 
-    def claim(self, job_id: str, dispatch_no: int, claim_id: str, worker: str, expired: bytes) -> Claim | str:
-        """Takes a job, or says why not: `gone`, `stale` (it has moved on), `expired`. `expired`: the Status for the last."""
-        word, *rest = self._run(
+    def claim(self, job_id: str, dispatch_no: int, claim_id: str, worker: str, expired: bytes) -> Claim | Expired | str:
+        """Takes a job, or says why not: it is Expired, `gone`, `stale` (it has moved on), `paused` (its queue is).
+
+        `expired`: the Status of one that is.
+        """
+        word, *rest = self.run(
             "claim",
             {
                 "job_id": job_id,
@@ -98,20 +107,22 @@ class WorkerStore:
                 "worker": worker,
                 "expired": write_status(expired),
                 "lease_ms": self._lease_ms,
-                "keep": self._keep,
             },
         )
+        if word == b"expired":
+            return Expired((job_id, *(part.decode() for part in rest)))
         if word != b"claimed":
             return cast("bytes", word).decode()
         return Claim(claim_id, read_job(read_fields(rest[0])), rest[1])
 
     def renew(self, claim: Claim, progress: Progress) -> str:
         """Keeps the lease and records progress: `ok`, `cancel` (someone asked to), `lost` (the attempt is no longer ours)."""
-        word: bytes = self._run(
+        word: bytes = self.run(
             "renew",
             {
                 "job_id": claim.job_id,
                 "attempt": claim.job.attempt,
+                "claim_id": claim.claim_id,
                 "lease_ms": self._lease_ms,
                 **_progress(progress),
             },
@@ -123,11 +134,11 @@ class WorkerStore:
         with translated(self._settings.url):
             pipeline = self.client.pipeline(transaction=False)
             for claim in claims:
-                pipeline.hmget(keys.job(claim.job_id), ["state", "attempt", "cancel"])
+                pipeline.hmget(keys.job(claim.job_id), ["state", "claim", "cancel"])
             replies = pipeline.execute()
         words = []
-        for claim, (state, attempt, cancel) in zip(claims, replies, strict=True):
-            if state != b"RUNNING" or int(attempt) != claim.job.attempt:
+        for claim, (state, holder, cancel) in zip(claims, replies, strict=True):
+            if state != b"RUNNING" or holder != claim.claim_id.encode():
                 words.append("lost")
             else:
                 words.append("cancel" if cancel == b"1" else "ok")
@@ -135,7 +146,7 @@ class WorkerStore:
 
     def finish(self, claim: Claim, outcome: Outcome) -> tuple[bool, str]:
         """Records the outcome: (True, the state the job is in now), or (False, why it was refused)."""
-        word, value = self._run(
+        word, value = self.run(
             "finish",
             {
                 "job_id": claim.job_id,
@@ -146,7 +157,7 @@ class WorkerStore:
                 "job_error": write_status(outcome.job_error),
                 "delay_ms": round(outcome.delay_s * 1000),
                 "free": outcome.free,
-                "keep": self._keep,
+                "files": list(outcome.files),
                 **_progress(outcome.progress),
             },
             outcome.result,
@@ -155,18 +166,13 @@ class WorkerStore:
 
     def redispatch(self, job_id: str, dispatch_no: int) -> None:
         """Sends the message of a waiting job again: this worker will not begin it."""
-        self._run("redispatch", {"job_id": job_id, "dispatch_no": dispatch_no})
-
-    def blob(self, media_id: str) -> bytes | None:
-        """The bytes of an image; None: its lifetime has passed."""
-        with translated(self._settings.url):
-            return cast("bytes | None", self.client.get(keys.blob(media_id)))
+        self.run("redispatch", {"job_id": job_id, "dispatch_no": dispatch_no})
 
     def beat(
         self, worker: str, *, concurrency: int, start_ms: int, job_ids: list[str], ended_count: int, alive_s: float
     ) -> None:
         """Tells that this worker lives; forgotten after `alive_s`."""
-        self._run(
+        self.run(
             "beat",
             {
                 "worker": worker,
@@ -184,8 +190,10 @@ class WorkerStore:
             self.client.zrem(keys.WORKERS, worker)
             self.client.delete(keys.worker(worker))
 
-    def _run(self, script: str, parameters: Mapping[str, object], payload: bytes = b"") -> Any:
-        text = json.dumps(parameters, ensure_ascii=False, separators=(",", ":"))
+    def run(self, script: str, parameters: Mapping[str, object], payload: bytes = b"") -> Any:
+        """Runs one of scripts.NAMES and answers what it does."""
+        terms = {**parameters, "keep": self._keep, "share": self._share}
+        text = json.dumps(terms, ensure_ascii=False, separators=(",", ":"))
         with translated(self._settings.url):
             return self._scripts[script](keys=[keys.TAG], args=[text, payload])
 

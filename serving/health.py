@@ -3,6 +3,8 @@
 check "redis" ok?  ┐
 check "model/x" ok? ├─ expose("ai4thai.….VisionService", "redis", "model/x") → SERVING | NOT_SERVING
 draining?          ┘
+
+A check that passes may carry a warning, for a person to read; it makes nothing unready.
 """
 
 from __future__ import annotations
@@ -21,15 +23,27 @@ LIVENESS = ""
 _log = get_logger("health")
 
 
+class Warned(str):
+    """A probe's detail that someone should act on although the check passes."""
+
+
 @dataclass(frozen=True)
 class Check:
-    """The last word about one named thing."""
+    """The last word about one named thing; `warns`: it passes, and its detail is worth someone's attention."""
 
     name: str
     ok: bool
     detail: str
     latency_ms: float
     since_unix_s: float
+    warns: bool = False
+
+    @property
+    def status(self) -> str:
+        """`OK`, `WARNING` or `NOT_OK`."""
+        if not self.ok:
+            return "NOT_OK"
+        return "WARNING" if self.warns else "OK"
 
 
 class Health:
@@ -44,15 +58,17 @@ class Health:
         self._probes: set[asyncio.Task[None]] = set()
 
     def report(self, check: str, ok: bool, detail: str = "", *, latency_ms: float = 0.0) -> None:
-        """Records the state of a check; a change of `ok` is logged."""
+        """Records the state of a check (`detail` may be Warned); a change of the state is logged."""
         before = self._checks.get(check)
-        turned = before is None or before.ok != ok
+        warns = ok and isinstance(detail, Warned)
+        turned = before is None or (before.ok, before.warns) != (ok, warns)
         since_unix_s = time.time() if turned or before is None else before.since_unix_s
-        self._checks[check] = Check(check, ok, detail, latency_ms, since_unix_s)
+        self._checks[check] = Check(check, ok, detail, latency_ms, since_unix_s, warns)
         if turned:
             # A check that starts out not ok is a beginning, not a fault.
-            log = _log.warning if before is not None and not ok else _log.info
-            log("health check " + ("passes" if ok else "does not pass"), check=check, detail=detail)
+            log = _log.warning if warns or (before is not None and not ok) else _log.info
+            word = "passes with a warning" if warns else "passes" if ok else "does not pass"
+            log(f"health check {word}", check=check, detail=detail)
             self._notify()
 
     def forget(self, check: str) -> None:
@@ -64,7 +80,7 @@ class Health:
     def add_probe(
         self, check: str, probe: Callable[[], Awaitable[str]], *, interval_s: float = 2.0, timeout_s: float = 2.0
     ) -> None:
-        """Asks `probe` again and again; it returns a detail, or raises what is wrong."""
+        """Asks `probe` again and again; it returns a detail (Warned, for one to act on), or raises what is wrong."""
         task = asyncio.create_task(self._run_probe(check, probe, interval_s, timeout_s), name=f"probe {check}")
         self._probes.add(task)
         task.add_done_callback(self._probes.discard)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from serving import telemetry
 from serving.settings import ServingSettings
+
+_PROTOCOL = "serving.http1"
 
 
 class Http:
@@ -66,6 +70,20 @@ class Http:
         return _Protocol(self._request_seconds, config=self._config, server_state=self._state, app_state={})
 
 
+@contextmanager
+def unhurried(scope: Scope) -> Iterator[None]:
+    """While the block runs, the request's body may take its time: the application bounds it by itself.
+
+    What has not arrived by the end of the block must do so within the usual time, which begins anew.
+    """
+    protocol: _Protocol = scope["extensions"][_PROTOCOL]["protocol"]
+    protocol.lift_limit()
+    try:
+        yield
+    finally:
+        protocol.restore_limit()
+
+
 class _Protocol(HttpToolsProtocol):
     """uvicorn's protocol, which by itself would wait for the rest of a half-sent request for ever."""
 
@@ -73,6 +91,7 @@ class _Protocol(HttpToolsProtocol):
         super().__init__(**rest)
         self._request_seconds = request_seconds
         self._limit: asyncio.TimerHandle | None = None
+        self._arrived = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -86,11 +105,23 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = {_PROTOCOL: {"protocol": self}}
+        self._arrived = False
         self._arm()
 
     def on_message_complete(self) -> None:
+        self._arrived = True
         self._disarm()
         super().on_message_complete()
+
+    def lift_limit(self) -> None:
+        """For `unhurried`."""
+        self._disarm()
+
+    def restore_limit(self) -> None:
+        """For `unhurried`."""
+        if not self._arrived:
+            self._arm()
 
     def _arm(self) -> None:
         self._disarm()

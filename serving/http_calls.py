@@ -37,7 +37,7 @@ HTTP_STATUS = {
 TIMEOUT_HEADER = "x-server-timeout"
 """Seconds that the caller is willing to wait (the name is Google's)."""
 
-_PASSED_ON = ("x-priority",)
+_PASSED_ON = ("x-priority", "x-client-id", "traceparent")
 """Headers that methods read as metadata of the same name."""
 
 _SEE_PROTOS = "The proto files say which fields there are, and of which type."
@@ -84,6 +84,42 @@ class OwnCalls:
             response_deserializer=answer.FromString,
         )
         return Answers(method(message, metadata=metadata, timeout=timeout_s), self._domain)
+
+    async def gather(
+        self,
+        path: str,
+        messages: AsyncIterator[Message],
+        answer: type[AnswerT],
+        metadata: Metadata,
+        timeout_s: float | None,
+        *,
+        wanted: str,
+    ) -> AnswerT:
+        """The answer of a method that takes many messages, and has `wanted` in its initial metadata when the first is not enough.
+
+        Raises ServiceError, and what iterating over the messages raises.
+        """
+        method: Any = self._channel.stream_unary(
+            path, request_serializer=_serialize, response_deserializer=answer.FromString
+        )
+        call = method(metadata=metadata, timeout=timeout_s)
+        try:
+            async for message in messages:
+                await call.write(message)
+                # Who writes on while the method refuses what it has got learns of a broken call, and not why.
+                if wanted not in await call.initial_metadata():
+                    break
+            await call.done_writing()
+            answered: AnswerT = await call
+        except grpc.aio.AioRpcError as error:
+            raise _service_error(status_of(error, self._domain)) from None
+        finally:
+            call.cancel()
+        return answered
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 class Answers(Generic[AnswerT]):

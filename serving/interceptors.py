@@ -19,8 +19,9 @@ from prometheus_client import Counter
 
 from serving import telemetry
 from serving.errors import Code, ServiceError
-from serving.logs import get_logger, request_id
+from serving.logs import get_logger, request_id, trace_id
 from serving.status import GRPC_CODE, from_exception, to_status
+from serving.traces import TRACEPARENT, read_traceparent, trace_id_of
 
 _log = get_logger("calls")
 
@@ -89,6 +90,7 @@ class Call:
 
     method: Method
     request_id: str
+    trace_id: str
     caller: str
     began_s: float = field(default_factory=time.perf_counter)
     code: str = "OK"
@@ -170,12 +172,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _begin(self, method: Method, context: Any) -> Call:
-        offered = None
+        offered = traceparent = None
         for key, value in context.invocation_metadata() or ():
             if key == REQUEST_ID:
                 offered = value
-        call = Call(method, new_request_id(offered), caller(context))
+            elif key == TRACEPARENT:
+                traceparent = value
+        call = Call(method, new_request_id(offered), trace_id_of(read_traceparent(traceparent)), caller(context))
         request_id.set(call.request_id)  # for this call's task alone: grpc.aio gives each call one of its own
+        trace_id.set(call.trace_id)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         method.started.inc()
         # A balancer's or a client's health Watch lives as long as its connection: it is no work and takes nobody's place.
@@ -248,6 +253,8 @@ def _log_call(call: Call) -> None:
     """The one line of a call, written after its answer."""
     log = _log.debug if call.method.quiet else _log.info
     fields = {"reason": call.reason, "message": call.message} if call.reason else {}
+    if call.trace_id:
+        fields["trace_id"] = call.trace_id
     log(
         "call ended",
         method=call.method.path,

@@ -13,6 +13,8 @@ import structlog
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the call that the current task works for; every line logged meanwhile carries it."""
 
+trace_id: ContextVar[str] = ContextVar("trace_id", default="")
+"""The id of the trace (W3C Trace Context) that the current task or thread works for; every line logged meanwhile carries it."""
 
 # Without the frames' local variables: they hold callers' images and the operator's secrets.
 _TRACEBACKS = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
@@ -30,7 +32,7 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 def configure(level: str, form: str) -> None:
     """Sends every line to stderr. `form`: `json`, `console`, or `auto` (console on a terminal, JSON elsewhere)."""
     shared: list[Any] = [
-        _add_request_id,
+        _add_ids,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -57,8 +59,11 @@ def configure(level: str, form: str) -> None:
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
 
 
-def _add_request_id(_logger: object, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+def _add_ids(_logger: object, _method: str, event: dict[str, Any]) -> dict[str, Any]:
     current = request_id.get()
     if current and "request_id" not in event:
         event["request_id"] = current
+    trace = trace_id.get()
+    if trace and "trace_id" not in event:
+        event["trace_id"] = trace
     return event

@@ -56,13 +56,17 @@ def read(kind: type[Settings]) -> Settings:
         prefix = str(kind.model_config.get("env_prefix", ""))
         for problem in error.errors():
             name = str(problem["loc"][0]) if problem["loc"] else ""
-            variable = f"{prefix}{name}".upper() if name in kind.model_fields else name
-            print(f"{variable} is {_masked(problem['input'])!r}: {problem['msg']}.", file=sys.stderr)
+            field = kind.model_fields.get(name)
+            variable = name if field is None else f"{prefix}{name}".upper()
+            value = SecretStr(str(problem["input"])) if field and field.annotation is SecretStr else problem["input"]
+            print(f"{variable} is {_masked(value)!r}: {problem['msg']}.", file=sys.stderr)
         sys.exit(2)
 
 
-# `user:password@`; what stands there alone may be a token.
-_URL_PASSWORD = re.compile(r"(?<=://)(?:([^/@:\s]*):)?[^/@\s]*@")
+# `user:password@`; what stands there alone may be a token. Up to the last @: one in a password may be unquoted.
+_URL_PASSWORD = re.compile(r"(?<=://)(?:([^/@:\s]*):)?[^\s]*@")
+# `?password=…`, `&sentinel_password=…`.
+_QUERY_PASSWORD = re.compile(r"(?<=[?&])(\w*password)=[^&#\s]*")
 
 
 def describe(settings: BaseSettings) -> dict[str, object]:
@@ -74,6 +78,7 @@ def _masked(value: object) -> object:
     if isinstance(value, SecretStr):
         return "***" if value.get_secret_value() else ""
     if isinstance(value, str):
+        value = _QUERY_PASSWORD.sub(r"\1=***", value)
         return _URL_PASSWORD.sub(lambda found: f"{found[1]}:***@" if found[1] is not None else "***@", value)
     if isinstance(value, Mapping):
         return {key: _masked(inner) for key, inner in value.items()}

@@ -58,7 +58,7 @@ def build_app(
             "services": {name: "SERVING" if health.serving(name) else "NOT_SERVING" for name in health.services},
             "checks": {
                 check.name: {
-                    "status": "OK" if check.ok else "NOT_OK",
+                    "status": check.status,
                     "detail": check.detail,
                     "latency_ms": round(check.latency_ms, 2),
                     "for_seconds": round(max(0.0, time.time() - check.since_unix_s), 1),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from importlib.resources import files
 
 NAMES = (
-    *("submit", "extend_blobs", "claim", "renew", "finish", "redispatch", "cancel", "delete", "beat"),
+    *("submit", "claim", "renew", "finish", "redispatch", "cancel", "delete", "beat"),
+    *("retry", "pause", "resume", "purge", "sweep_held"),
+    *("touch_media", "store_media", "begin_object", "sweep_objects"),
+    *("hooks_take", "hooks_settle"),
     *("sweep_due", "sweep_lost", "sweep_expired", "sweep_overdue", "sweep_forgotten"),
 )
 

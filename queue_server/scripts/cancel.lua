@@ -1,12 +1,14 @@
--- SCHEDULED | QUEUED → CANCELLED; RUNNING: the worker is asked to stop. Answers 'gone', or the state before.
+-- SCHEDULED | QUEUED → CANCELLED; RUNNING: the worker is asked to stop. Answers 'gone', 'same' (nothing was to be done), or the state
+-- before.
 even_when_full()
-local id = a.job_id
-local job = load(id, 'kind', 'queue', 'priority', 'cancel', 'created_ms')
+local job = load(a.job_id, 'cancel')
 if not job then return 'gone' end
-if job.state == 'SCHEDULED' or job.state == 'QUEUED' then
-  conclude(id, job, 'CANCELLED', {cancel = '1'})
-  withdraw(id, job.queue, job.priority)
-elseif job.state == 'RUNNING' and job.cancel ~= '1' then
-  change(id, {cancel = '1'})
+local before = job.state
+if WAITS[before] then
+  conclude(job, 'CANCELLED', {cancel = '1'})
+elseif before == 'RUNNING' and job.cancel ~= '1' then
+  change(a.job_id, {cancel = '1'})
+else
+  return 'same'
 end
-return job.state
+return before

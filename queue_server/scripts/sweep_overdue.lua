@@ -1,6 +1,6 @@
 -- QUEUED → QUEUED: those whose message is in nobody's hands any more (a worker died with it, a broker lost it).
 -- Dramatiq's list is first in, first out: who was sent before the list's head was sent, long ago, is not in it.
--- One that a live worker holds without having begun it is sent twice; the first number is stale then. Answers {{id, request_id}, …}.
+-- One that a live worker holds without having begun it is sent twice; the first number is stale then. Answers {{id, request_id, trace}, …}.
 even_when_full()
 local moved = {}
 for _, priority in ipairs(a.priorities) do
@@ -11,10 +11,10 @@ for _, priority in ipairs(a.priorities) do
     if sent and sent < horizon then horizon = sent end
   end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', key('wait', priority), '-inf', '(' .. int(horizon), 'LIMIT', 0, a.limit)) do
-    local job = load(id, 'queue', 'request_id')
-    if job and job.state == 'QUEUED' then
-      dispatch(id, job.queue, priority, nil)
-      moved[#moved + 1] = {id, job.request_id}
+    local job = load(id)
+    if job and job.state == 'QUEUED' and job.held ~= '1' then
+      list(job, now, false)
+      moved[#moved + 1] = {id, job.request_id, job.trace}
     else
       redis.call('ZREM', key('wait', priority), id)
     end

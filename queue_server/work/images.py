@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from ai4thai.queue.v1 import work_pb2
 from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 
-from queue_server.work.task import Answer, ItemError, Task
+from queue_server.work.pace import Pace
+from queue_server.work.task import Answer, ItemError, Task, VisionFailed
 
 ResponseT = TypeVar("ResponseT", bound=Message)
+
+
+@dataclass(frozen=True)
+class _Sent(Generic[ResponseT]):
+    """An image on its way; `pending` is a Status when it could not even be sent."""
+
+    index: int
+    pending: Answer[ResponseT] | Status
+    begun_s: float
 
 
 def answer_each(
@@ -20,20 +32,37 @@ def answer_each(
 ) -> Iterator[ResponseT | Status]:
     """The response for each image, or the Status of the one that could not be answered.
 
+    When the server is full in the midst of the job, the image waits and is sent again: what is done already is not done twice.
+
     Raises:
         VisionFailed, Stopped: the attempt is over.
     """
-    waiting: deque[Answer[ResponseT] | Status] = deque()
+    pace = Pace(task)
+    sent: deque[_Sent[ResponseT]] = deque()
     done_count = size_bytes = next_index = 0
-    while next_index < len(images) or waiting:
-        while next_index < len(images) and len(waiting) < task.images_in_flight:
-            # Fetched only now, so that a job of a thousand images holds a few of them in memory.
-            try:
-                waiting.append(begin(task.content(images[next_index])))
-            except ItemError as error:
-                waiting.append(error.status)
+
+    def send(index: int) -> _Sent[ResponseT]:
+        # Fetched only now, so that a job of a thousand images holds a few of them in memory.
+        try:
+            return _Sent(index, begin(task.content(images[index])), time.monotonic())
+        except ItemError as error:
+            return _Sent(index, error.status, time.monotonic())
+
+    while done_count < len(images):
+        while next_index < len(images) and len(sent) < pace.in_flight:
+            sent.append(send(next_index))
             next_index += 1
-        outcome = _wait(waiting.popleft())
+        first = sent.popleft()
+        try:
+            outcome = _outcome(first.pending)
+        except VisionFailed as error:
+            # Of a job that has nothing to lose yet: given back, so that the worker holds back others too.
+            if not _is_full(error) or (not done_count and not sent):
+                raise
+            pace.refused(error.failure, first.begun_s)
+            sent.appendleft(send(first.index))
+            continue
+        pace.answered()
         size_bytes += outcome.ByteSize()
         task.check_size(size_bytes)
         done_count += 1
@@ -41,7 +70,12 @@ def answer_each(
         yield outcome
 
 
-def _wait(pending: Answer[ResponseT] | Status) -> ResponseT | Status:
+def _is_full(error: VisionFailed) -> bool:
+    """Whether the server itself said when to come again."""
+    return error.failure.free and error.failure.retry_after_s > 0
+
+
+def _outcome(pending: Answer[ResponseT] | Status) -> ResponseT | Status:
     if isinstance(pending, Status):
         return pending
     try:

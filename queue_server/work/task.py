@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ai4thai.queue.v1 import work_pb2
@@ -10,6 +12,7 @@ from ai4thai.vision.v1 import vision_service_pb2
 from google.rpc.status_pb2 import Status
 
 from queue_server.jobs import Failure
+from queue_server.settings import WorkerSettings
 
 ResponseT = TypeVar("ResponseT", covariant=True)
 
@@ -55,6 +58,15 @@ class Calls(Protocol):
     ) -> vision_service_pb2.GenerateSummary:
         """Makes a Generate and waits for its end."""
 
+    def detect_stream(
+        self,
+        config: vision_service_pb2.StreamConfig,
+        frames: Iterator[vision_service_pb2.Frame],
+        *,
+        max_in_flight: int,
+    ) -> Generator[vision_service_pb2.FrameResult]:
+        """Makes a DetectStream: each frame's result, in their order. To be closed."""
+
 
 class Task(Protocol):
     """One attempt at a job, from the inside."""
@@ -64,14 +76,32 @@ class Task(Protocol):
         """The vision server."""
 
     @property
-    def images_in_flight(self) -> int:
-        """Images that may be at the vision server at once."""
+    def settings(self) -> WorkerSettings:
+        """The worker's settings."""
 
     def content(self, source: work_pb2.MediaSource) -> bytes:
         """The bytes of an image; raises ItemError when they are no longer kept."""
 
+    def open(self, source: work_pb2.MediaSource) -> AbstractContextManager[Path]:
+        """A local file with the bytes, deleted afterwards; raises ItemError when they are no longer kept, and Stopped."""
+
+    def store(self, path: Path, content_type: str) -> str:
+        """Stores a file of the result for as long as the job is kept; its media_id. Raises when it is too large, and Stopped."""
+
+    def folder(self) -> AbstractContextManager[Path]:
+        """An empty folder, deleted with what is in it afterwards."""
+
     def progress(self, completed_count: int, total_count: int, message: str = "") -> None:
         """Tells how far the job has come; cheap, may be called often."""
+
+    def stopped(self) -> bool:
+        """Whether the attempt is to end now."""
+
+    def check(self) -> None:
+        """Raises Stopped when the attempt is to end now."""
+
+    def pause(self, seconds: float) -> None:
+        """Waits; raises Stopped as soon as the attempt is to end."""
 
     def check_size(self, size_bytes: int) -> None:
         """Raises when a result of this size could not be kept."""

@@ -91,7 +91,8 @@ def worker_settings(redis_url: str, vision_address: str, **changes: Any) -> Work
 class Front:
     """The queue server's front door."""
 
-    def __init__(self, channel: grpc.aio.Channel, service: QueueService, health: Health) -> None:
+    def __init__(self, channel: grpc.aio.Channel, service: QueueService, health: Health, address: str = "") -> None:
+        self.address = address
         self.stub: Any = queue_service_pb2_grpc.QueueServiceStub(channel)
         self.service = service
         self.health = health
@@ -146,7 +147,7 @@ async def serve(settings: QueueSettings) -> AsyncIterator[Front]:
     await service.start(health)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Front(channel, service, health)
+            yield Front(channel, service, health, f"127.0.0.1:{port}")
     finally:
         await server.stop(0.2)
         await service.stop()

@@ -65,10 +65,10 @@ async def test_every_key_has_a_name_of_keys_py(front: Front, start_worker, redis
     await front.end((await front.submit(b"ok", request_id="mine")).job_id)
     text = files("queue_server").joinpath("keys.py").read_text("utf-8")
     known = [re.escape(name) for name in re.findall(r"\{vq\}[^\s,]*", text)] + [
-        r"\{vq\}:job:<id>:(ev|work|res|media|base)"
+        r"\{vq\}:job:<id>:(ev|work|res|media|files|base)"
     ]
-    patterns = [re.compile(re.sub("<[a-z_]+>", "[^ ]+", name).replace("…", ".+")) for name in known]
-    patterns += [re.compile(r"\{vq\}:(idx:(all|state:.+|queue:.+)|q:.+|blob:.+)")]
+    patterns = [re.compile(re.sub("<[a-z_]+>", "[^ ]*", name).replace("…", ".+")) for name in known]
+    patterns += [re.compile(r"\{vq\}:(idx:(all|state:.+|queue:.+|client:.*)|q:.+|blob:.+)")]
     for key in redis_client.keys("*"):
         assert any(pattern.fullmatch(key.decode()) for pattern in patterns), key
     assert keys.job("x").startswith("{vq}:") and keys.DRAMATIQ_NAMESPACE == "{vq}:d"
@@ -78,11 +78,11 @@ def test_scripts_and_python_share_their_constants() -> None:
     text = scripts.load_all()["claim"]
     assert int(re.search(r"local ATTEMPTS = (\d+)", text)[1]) == jobs.MAX_ATTEMPTS_KEPT
     assert int(re.search(r"local SLOT_S = (\d+)", text)[1]) == keys.SLOT_S
-    bounds = re.search(r"local LATENCY_S = \{(.+?)\}", text)[1].split(",")
-    assert tuple(float(bound) for bound in bounds) == statistics.LATENCY_BUCKETS_S
-    # Every script is loaded, and none beginning with a write that takes memory can be refused but the submission's
+    bounds = re.search(r"local BUCKETS_S = \{(.+?)\}", text)[1].split(",")
+    assert tuple(float(bound) for bound in bounds) == statistics.BUCKETS_S
+    # Every script is loaded, and none beginning with a write that takes memory can be refused but what brings more
     names = {path.name.removesuffix(".lua") for path in files(scripts).iterdir() if path.name.endswith(".lua")}
     assert names == {*scripts.NAMES, "record"}
     for name, source in scripts.load_all().items():
         body = source.removeprefix(files(scripts).joinpath("record.lua").read_text("utf-8"))
-        assert ("even_when_full()" in body) == (name not in ("submit", "extend_blobs")), name
+        assert ("even_when_full()" in body) == (name not in ("submit", "retry", "touch_media", "begin_object")), name

@@ -93,7 +93,7 @@ def test_no_order_of_events_leaves_the_state_table(
 async def _live(url: str, steps: list[str], later: bool, deadline: bool, max_attempts: int) -> None:
     with redis.Redis.from_url(url) as client:
         client.flushall()
-        connection = Connection(url, 2.0)
+        connection = Connection(url, 2.0, queue_settings(url).terms)
         await connection.start()
         store = Store(connection, queue_settings(url))
         workers = WorkerStore(worker_settings(url, "localhost:1", lease_s=3600))
@@ -213,7 +213,7 @@ async def _assert_consistent(client: Any, store: Store, job_id: str) -> None:
     for name, present in expected.items():
         assert (client.zscore(f"{{vq}}:{name}", job_id) is not None) == present, (name, job.state)
     # The image is kept while the job needs it, and has a lifetime afterwards
-    assert (client.ttl("{vq}:blob:" + MEDIA_ID) == -1) == (not job.ended)
+    assert (client.ttl("{vq}:media:" + MEDIA_ID) == client.ttl("{vq}:blob:" + MEDIA_ID) == -1) == (not job.ended)
     assert (client.get(f"{{vq}}:job:{job_id}:res") is not None) == (job.state == JobState.SUCCEEDED)
     if job.state == JobState.QUEUED:
         dispatch_no = client.hget(f"{{vq}}:job:{job_id}", "dispatch").decode()
@@ -229,7 +229,7 @@ def _assert_no_trace(client: Any, job_id: str) -> None:
 
 
 async def test_forgotten_jobs_are_not_found(redis_url: str) -> None:
-    connection = Connection(redis_url, 2.0)
+    connection = Connection(redis_url, 2.0, queue_settings(redis_url).terms)
     await connection.start()
     store = Store(connection, queue_settings(redis_url))
     for call in (store.job("x" * 32), store.cancel("x" * 32), store.delete("x" * 32), store.kept("x" * 32)):

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from queue_server import wire
 from queue_server.ids import JobIds
-from queue_server.jobs import KINDS, Submission
+from queue_server.jobs import Submission
 from queue_server.settings import QueueSettings
 from queue_server.statistics import quantile
+from queue_server.work import KINDS
 from serving.errors import Code, ServiceError
 from tests.queue_server.conftest import detect
 
@@ -25,7 +26,7 @@ IMAGES = st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=6)
 
 
 def read(request: pb.SubmitJobRequest) -> Submission:
-    return wire.read_submission(request, "0" * 32, SETTINGS)
+    return wire.read_submission(request, "0" * 32, wire.Caller(), SETTINGS)
 
 
 @given(IMAGES)

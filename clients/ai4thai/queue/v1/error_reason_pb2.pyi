@@ -70,6 +70,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """In Job.error: the result is larger than what can be kept and sent."""
     ERROR_REASON_WEBHOOK_FAILED: _ErrorReason.ValueType  # 22
     """In WebhookDelivery.error: the receiver could not be reached, did not answer 2xx, or has a private address."""
+    ERROR_REASON_QUEUE_NOT_FOUND: _ErrorReason.ValueType  # 23
+    """NOT_FOUND: no queue of this name has had a job."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. ErrorInfo.reason is the value's name without `ERROR_REASON_`; ErrorInfo.domain is `queue.ai4thai`."""
@@ -122,4 +124,6 @@ ERROR_REASON_RESULT_TOO_LARGE: ErrorReason.ValueType  # 21
 """In Job.error: the result is larger than what can be kept and sent."""
 ERROR_REASON_WEBHOOK_FAILED: ErrorReason.ValueType  # 22
 """In WebhookDelivery.error: the receiver could not be reached, did not answer 2xx, or has a private address."""
+ERROR_REASON_QUEUE_NOT_FOUND: ErrorReason.ValueType  # 23
+"""NOT_FOUND: no queue of this name has had a job."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -511,7 +511,7 @@ class VideoResult(_message.Message):
     detected_frame_count: _builtins.int
     """Frames looked at."""
     failed_frame_count: _builtins.int
-    """Frames that the vision server could not answer; each has its error in the JSON."""
+    """Frames that could not be decoded, or that the vision server could not answer; each has its error in the JSON."""
     width_px: _builtins.int
     """Its width, in pixels, turned as the file says."""
     height_px: _builtins.int
