@@ -23,7 +23,7 @@ from dramatiq.errors import ConnectionClosed
 from dramatiq.message import Message
 
 from queue_server.jobs import Priority
-from queue_server.keys import DRAMATIQ_NAMESPACE
+from queue_server.keys import DRAMATIQ_NAMESPACE, dramatiq_list, dramatiq_messages
 from serving.logs import get_logger
 
 QUEUE = "jobs"
@@ -78,8 +78,7 @@ class HintConsumer(Consumer):
         room = self._prefetch - len(self._in_hand)
         if not self._fetched and room > 0:
             try:
-                self._acknowledge()
-                self._fetch(room)
+                self._fetch(room, self._acknowledge())
                 self._away = False
             except redis.RedisError as error:
                 # Dramatiq would begin anew after 3 s; what Redis has lost of this, the sweeper sends again.
@@ -103,15 +102,10 @@ class HintConsumer(Consumer):
         return None
 
     def ack(self, message: MessageProxy) -> None:
-        """The message has been dealt with; Redis is told now, or before the next fetch when it is away."""
+        """The message has been dealt with; Redis is told of it before the next fetch."""
         self._dealt_with.append(message)
-        try:
-            self._acknowledge()
-        except redis.RedisError as error:
-            _log.debug("a message will be acknowledged later", error=str(error))
-        finally:
-            self._in_hand.discard(message.message_id)
-            self._freed.set()
+        self._in_hand.discard(message.message_id)
+        self._freed.set()
 
     # The actor never raises; a message that cannot be run at all (an unknown actor) is of no more use than one that was run.
     nack = ack
@@ -129,22 +123,36 @@ class HintConsumer(Consumer):
         waiting = [MessageProxy(Message.decode(data)) for data in self._fetched if data is not None]
         self._fetched.clear()
         self.requeue(waiting)
+        try:
+            self._acknowledge()
+        except redis.RedisError as error:
+            raise ConnectionClosed(error) from None  # type: ignore[no-untyped-call]
 
-    def _acknowledge(self) -> None:
-        while True:
-            try:
-                message = self._dealt_with.popleft()
-            except IndexError:
-                return
-            try:
-                self._broker.do_ack(_priority(message), message.options["redis_message_id"])
-            except redis.RedisError:
-                self._dealt_with.appendleft(message)
-                raise
+    def _acknowledge(self) -> frozenset[Priority]:
+        """Acknowledges what has been dealt with, and answers which lists have messages: one round trip for both.
 
-    def _fetch(self, room: int) -> None:
-        self._turn += 1
+        The commands are those of Dramatiq's own script, which would take one call for each message.
+        """
+        dealt_with = [self._dealt_with.popleft() for _ in range(len(self._dealt_with))]
+        pipeline = self._broker.client.pipeline(transaction=False)
+        for message in dealt_with:
+            priority, number = _priority(message), message.options["redis_message_id"]
+            pipeline.srem(f"{DRAMATIQ_NAMESPACE}:__acks__.{self._broker.broker_id}.{priority}", number)
+            pipeline.hdel(dramatiq_messages(priority), number)
+        for one in Priority:
+            pipeline.llen(dramatiq_list(one.value))
+        try:
+            replies = pipeline.execute()
+        except redis.RedisError:
+            self._dealt_with.extendleft(reversed(dealt_with))
+            raise
+        return frozenset(one for one, length in zip(Priority, replies[-len(Priority) :], strict=True) if length)
+
+    def _fetch(self, room: int, there: frozenset[Priority]) -> None:
+        self._turn += bool(there)
         for priority in _order(self._turn):
+            if priority not in there:
+                continue
             messages = self._broker.do_fetch(priority.value, room)
             self._fetched.extend(messages)
             room -= len(messages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
@@ -69,18 +70,32 @@ class StoreSettings(BaseSettings):
 
     media_url: str = Field(
         default="",
-        pattern=r"^$|^file:///|^(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/]+",
         description="Where large files lie: `file:///dir` (which the queue server and all workers share), `s3://bucket/prefix`, "
         "`gs://…`, `az://…`; credentials, region and endpoint come from the usual variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, "
         "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, …). Empty: all files lie in Redis.",
     )
+
+    @field_validator("media_url")
+    @classmethod
+    def _names_a_store(cls, url: str) -> str:
+        if url and not re.match(r"file:///.|(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/]", url):
+            raise ValueError(
+                "it must be file:///directory, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
+            )
+        return url
+
     media_inline_bytes: int = Field(
         default=2 << 20, ge=0, description="With QUEUE_MEDIA_URL: files of at most this size still lie in Redis."
     )
     max_redis_media_bytes: int = Field(
-        default=64 << 20, ge=1, le=512 << 20, description="Bytes of one file in Redis, which bounds all without QUEUE_MEDIA_URL."
+        default=64 << 20,
+        ge=1,
+        le=512 << 20,
+        description="Bytes of one file in Redis, which bounds all without QUEUE_MEDIA_URL.",
     )
-    max_media_bytes: int = Field(default=2 << 30, ge=1, le=64 << 30, description="Bytes of one file with QUEUE_MEDIA_URL.")
+    max_media_bytes: int = Field(
+        default=2 << 30, ge=1, le=64 << 30, description="Bytes of one file with QUEUE_MEDIA_URL."
+    )
 
     @property
     def keep_ms(self) -> dict[str, int]:
@@ -151,14 +166,18 @@ class QueueSettings(StoreSettings):
     )
 
     max_uploads: int = Field(
-        default=16, ge=1, description="Files that are uploaded at once, each with up to 32 MB of memory; more are refused."
+        default=16,
+        ge=1,
+        description="Files that are uploaded at once, each with up to 32 MB of memory; more are refused.",
     )
     upload_idle_s: float = Field(
         default=30.0, gt=0, le=100, description="An upload of which nothing has come for this long is given up."
     )
     upload_s: float = Field(default=3600.0, gt=0, description="An upload that takes longer is given up.")
     media_sweep_s: float = Field(
-        default=10.0, gt=0, description="With QUEUE_MEDIA_URL: how often files whose lifetime has passed are deleted there."
+        default=10.0,
+        gt=0,
+        description="With QUEUE_MEDIA_URL: how often files whose lifetime has passed are deleted there.",
     )
 
     webhook_secret: SecretStr = Field(
@@ -177,7 +196,9 @@ class QueueSettings(StoreSettings):
     webhook_retry_s: float = Field(
         default=5.0, gt=0, description="The wait before a webhook's second try; six times as long each time, up to 5 h."
     )
-    webhook_timeout_s: float = Field(default=15.0, gt=0, le=60, description="A receiver of webhooks must answer by then.")
+    webhook_timeout_s: float = Field(
+        default=15.0, gt=0, le=60, description="A receiver of webhooks must answer by then."
+    )
 
     @field_validator("webhook_secret")
     @classmethod
@@ -279,7 +300,9 @@ class WorkerSettings(StoreSettings):
         default=250_000, ge=1, description="Frames of one video that are looked at; it is read no further."
     )
     video_max_pixels: int = Field(
-        default=35_000_000, ge=1, description="Pixels of one frame of a video; 8K has 33 million. Larger ones fail the job."
+        default=35_000_000,
+        ge=1,
+        description="Pixels of one frame of a video; 8K has 33 million. Larger ones fail the job.",
     )
     video_max_temp_bytes: int = Field(
         default=8 << 30, ge=1, description="Disk that the results of one video may take while they are made."

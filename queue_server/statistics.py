@@ -255,9 +255,9 @@ def _read_totals(name: str, kinds: tuple[str, ...], replies: list[Any], now_ms: 
     times = {}
     for kind, reply in zip(kinds, replies[4:], strict=True):
         fields = read_fields(reply)
-        for name in TIMES:
-            if f"{name}:ms" in fields:
-                times[kind, name] = _read_histogram(fields, name)
+        for what in TIMES:
+            if f"{what}:ms" in fields:
+                times[kind, what] = _read_histogram(fields, what)
     return Totals(
         queue=name,
         depth=counts["QUEUED"],

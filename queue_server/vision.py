@@ -49,12 +49,14 @@ class Vision:
         self._call_s = call_s
         self._connect_s = connect_s
         self._channel: grpc.Channel | None = None
+        self._stub: Any = None
         self._ready = threading.Event()
 
     def start(self) -> None:
         """Opens the channel and keeps an eye on its connection."""
         # Without gRPC's own retries: the queue's are longer, visible in the job's attempts, and survive this process.
         self._channel = open_channel(self._address, retries=False)
+        self._stub = vision_service_pb2_grpc.VisionServiceStub(self._channel)
         self._channel.subscribe(self._on_connectivity, try_to_connect=True)
 
     def stop(self) -> None:
@@ -84,9 +86,7 @@ class Vision:
                 raise VisionFailed(self._unreachable(f"no connection within {self._connect_s:g} s", free=True))
         words = {"x-request-id": request_id, "x-priority": priority, "traceparent": trace}
         metadata = tuple((key, value) for key, value in words.items() if value)
-        return VisionCalls(
-            vision_service_pb2_grpc.VisionServiceStub(self._channel), metadata, self._call_s, self._unreachable
-        )
+        return VisionCalls(self._stub, metadata, self._call_s, self._unreachable)
 
     def _on_connectivity(self, state: grpc.ChannelConnectivity) -> None:
         # An idle connection (the server said goodbye after a quiet time) is made again by the next call.

@@ -160,7 +160,7 @@ class Webhooks:
         settled["delay_ms"] = round(delay_s * 1000)
         try:
             outcome, tries = await self._connection.run("hooks_settle", settled)
-        except (StoreUnavailable, QueueFull) as error:
+        except Exception as error:
             # The lease runs out and it is tried again: at least once is what is promised.
             _log.warning("what became of a webhook could not be recorded", **of_job(job), error=str(error))
             return

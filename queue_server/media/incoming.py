@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from queue_server.errors import MediaInvalid, UploadTooSlow
 from queue_server.media.files import DEFAULT_TYPE
@@ -131,3 +132,64 @@ class Incoming:
             size_bytes=size_bytes,
             limit_bytes=self._limits.size_bytes,
         )
+
+
+class Pieces(Protocol):
+    """Pieces of a file whose id and size are known once they have all come."""
+
+    @property
+    def media_id(self) -> str:
+        """The id."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Iterates over the bytes."""
+
+    def stop(self) -> None:
+        """Ends the iteration, also for one who waits for a piece."""
+
+
+class Joined:
+    """What has come already, then the rest."""
+
+    def __init__(self, head: list[bytes], rest: Incoming) -> None:
+        self._head = head
+        self._rest = rest
+
+    @property
+    def media_id(self) -> str:
+        """The id of what has come so far."""
+        return self._rest.media_id
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of what has come so far."""
+        return self._rest.size_bytes
+
+    def stop(self) -> None:
+        """Ends the rest."""
+        self._rest.stop()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while self._head:
+            yield self._head.pop(0)
+        async for piece in self._rest:
+            yield piece
+
+
+class Content:
+    """A file that is there as a whole."""
+
+    def __init__(self, media_id: str, content: bytes) -> None:
+        self.media_id = media_id
+        self.size_bytes = len(content)
+        self._content = content
+
+    def stop(self) -> None:
+        """There is nothing to wait for."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._content

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Protocol
 from uuid import uuid4
 
 from queue_server import keys
@@ -27,7 +26,7 @@ from queue_server.media.files import (
     new_object_name,
     read_found,
 )
-from queue_server.media.incoming import Announced, Incoming, Limits
+from queue_server.media.incoming import Announced, Content, Incoming, Joined, Limits, Pieces
 from queue_server.media.objects import Objects
 from queue_server.settings import QueueSettings
 from serving.errors import ServiceError
@@ -104,9 +103,9 @@ class Library:
             if file is not None:
                 continue
             if belongs_outside(len(content), self._settings):
-                await self._write_object(_Content(media_id, content), "")
+                await self._write_object(Content(media_id, content), "")
             elif len(content) > PIECE_BYTES:
-                await self._write_part(_Content(media_id, content), "")
+                await self._write_part(Content(media_id, content), "")
             else:
                 await self._complete(media_id, len(content), "", content=content)
 
@@ -141,15 +140,15 @@ class Library:
         async for piece in incoming:
             head.append(piece)
             if incoming.size_bytes > most:
-                whole = _Joined(head, incoming)
+                whole = Joined(head, incoming)
                 await (self._write_object if outside else self._write_part)(whole, content_type)
                 return
         if incoming.size_bytes > PIECE_BYTES:
-            await self._write_part(_Joined(head, incoming), content_type)
+            await self._write_part(Joined(head, incoming), content_type)
         else:
             await self._complete(incoming.media_id, incoming.size_bytes, content_type, content=b"".join(head))
 
-    async def _write_part(self, pieces: _Pieces, content_type: str) -> None:
+    async def _write_part(self, pieces: Pieces, content_type: str) -> None:
         """Into a key of its own, which dies by itself, in pieces that hold up nobody."""
         name = uuid4().hex
         try:
@@ -167,7 +166,7 @@ class Library:
                 await asyncio.shield(self._connection.ask(self._connection.client.delete(keys.part(name))))
             raise
 
-    async def _write_object(self, pieces: _Pieces, content_type: str) -> None:
+    async def _write_object(self, pieces: Pieces, content_type: str) -> None:
         """Into an object of a new name, which the index knows before it exists."""
         name = new_object_name()
         await self._say_writing(name, again=False)
@@ -181,7 +180,7 @@ class Library:
         if await self._complete(pieces.media_id, pieces.size_bytes, content_type, object_name=name) == "same":
             await self._delete_object(name)
 
-    async def _saying_so(self, name: str, pieces: _Pieces) -> AsyncIterator[bytes]:
+    async def _saying_so(self, name: str, pieces: Pieces) -> AsyncIterator[bytes]:
         said_s = time.monotonic()
         async for piece in pieces:
             yield piece
@@ -219,7 +218,7 @@ class Library:
         _log.info("file stored", media_id=media_id, size_bytes=size_bytes, place=object_name or "Redis", outcome=word)
         return word
 
-    async def _abandon(self, name: str, pieces: _Pieces, writing: asyncio.Future[None]) -> None:
+    async def _abandon(self, name: str, pieces: Pieces, writing: asyncio.Future[None]) -> None:
         """The writer cleans up what it has written so far; what it leaves, the sweep finds."""
         pieces.stop()
         with suppress(Exception, asyncio.CancelledError):
@@ -251,58 +250,3 @@ class Library:
                     yield piece
         except FileNotFoundError:
             raise MediaNotFound(media_id=file.media_id) from None
-
-
-class _Pieces(Protocol):
-    """Pieces of a file whose id and size are known once they have all come."""
-
-    @property
-    def media_id(self) -> str: ...
-
-    @property
-    def size_bytes(self) -> int: ...
-
-    def __aiter__(self) -> AsyncIterator[bytes]: ...
-
-    def stop(self) -> None:
-        """Ends the iteration, also for one who waits for a piece."""
-
-
-class _Joined:
-    """What has come already, then the rest."""
-
-    def __init__(self, head: list[bytes], rest: Incoming) -> None:
-        self._head = head
-        self._rest = rest
-
-    @property
-    def media_id(self) -> str:
-        return self._rest.media_id
-
-    @property
-    def size_bytes(self) -> int:
-        return self._rest.size_bytes
-
-    def stop(self) -> None:
-        self._rest.stop()
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while self._head:
-            yield self._head.pop(0)
-        async for piece in self._rest:
-            yield piece
-
-
-class _Content:
-    """A file that is there as a whole."""
-
-    def __init__(self, media_id: str, content: bytes) -> None:
-        self.media_id = media_id
-        self.size_bytes = len(content)
-        self._content = content
-
-    def stop(self) -> None:
-        """There is nothing to wait for."""
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self._content

@@ -18,7 +18,8 @@ from queue_server.errors import MediaStoreUnavailable
 from queue_server.media.files import OBJECT_PART_BYTES, OBJECT_PARTS_AT_ONCE, PIECE_BYTES
 
 # A request to the store, its repetitions aside.
-CLIENT_OPTIONS = {"connect_timeout": "5s", "timeout": "60s"}
+# An endpoint without TLS is used only when the operator has named one (AWS_ENDPOINT=http://…).
+CLIENT_OPTIONS = {"connect_timeout": "5s", "timeout": "60s", "allow_http": True}
 RETRY: dict[str, Any] = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 
 
@@ -89,6 +90,11 @@ class Objects:
         return self._store if self._store is not None else await asyncio.to_thread(self._open)
 
     def _open(self) -> ObjectStore:
+        if not self._url:
+            raise MediaStoreUnavailable(
+                place="QUEUE_MEDIA_URL",
+                why="it is empty here, though files lie there; set it as the queue server has it.",
+            )
         if self._store is None:
             options: Any = (
                 {"mkdir": True}

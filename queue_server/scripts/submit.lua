@@ -35,8 +35,7 @@ redis.call('SADD', key('queues'), a.queue)
 redis.call('ZADD', key('idx', 'all'), 0, id)
 redis.call('ZADD', key('idx', 'queue', a.queue), 0, id)
 redis.call('ZADD', key('idx', 'client', a.client), 0, id)
-local job = load(id)
-job.state = nil -- it comes from nowhere
+local job = {id = id, queue = a.queue, client = a.client, priority = a.priority, created_ms = int(now), bytes = bytes}
 move(job, state)
 weigh(job, 1)
 if idem then

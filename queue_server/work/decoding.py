@@ -41,6 +41,8 @@ FALLBACK_RATE = 25.0
 # A frame that comes earlier than the one before it by more than this, or so much later, says that the file's clock was set anew
 # (parts that were joined, a broken file): time goes on from there. MP4 cannot keep a frame for longer than 13 hours.
 CLOCK_JITTER_S, MAX_GAP_S = 1.0, 12 * 3600.0
+# So many damaged places without a frame between them: the rest is none that can be decoded.
+MAX_DAMAGED = 1000
 # What a file says that it lasts is believed up to a year.
 MAX_DURATION_S = 366 * 24 * 3600.0
 # Quality of the JPEGs, FFmpeg's qscale: 2 is the best that its encoder gives, about 95 of the usual 100.
@@ -112,7 +114,7 @@ class Video:
 
     @property
     def facts(self) -> VideoFacts:
-        """What the file says of itself; complete once the frames have been read."""
+        """What the file says of itself, surer once the frames have been read."""
         context, stream = self._stream.codec_context, self._stream
         aspect = stream.sample_aspect_ratio or Fraction(1)
         size = (context.width, context.height)
@@ -123,7 +125,7 @@ class Video:
         if not duration_s and self._container.duration:
             duration_s = self._container.duration / 1_000_000
         if not 0 < duration_s < MAX_DURATION_S:
-            duration_s = self._next_s() if self.complete else 0.0
+            duration_s = self._next_s()
         count = self.decoded_count if self.complete else stream.frames or round(duration_s * self._rate)
         return VideoFacts(*size, duration_s, self._rate, max(0, count), aspect)
 
@@ -150,17 +152,17 @@ class Video:
             yield Picture(number, time_s, self._encoder.encode(frame), bool(frame.is_corrupt))
         if not self.decoded_count:
             raise VideoUnreadable("No frame of the video can be decoded.", cure=CURE)
-        self.complete = True
 
     def _decoded(self) -> Iterator[tuple[int, float, Any] | Damage]:
         from av.error import FFmpegError
 
         packets = self._container.demux(self._stream)
-        came_s = time.monotonic()
-        while True:
+        damaged = 0
+        began_s = time.monotonic()
+        while damaged < MAX_DAMAGED:
             if self._stopped():
                 raise Stopped
-            if time.monotonic() - came_s > self._limits.stall_s:
+            if time.monotonic() - began_s > self._limits.stall_s:
                 raise VideoUnreadable(
                     f"No frame of the video came for {self._limits.stall_s:g} s.", cure=CURE, at_s=self._last_s
                 )
@@ -171,17 +173,21 @@ class Video:
                 yield self._damage(error)
                 return
             if packet is None:
+                self.complete = True
                 return
             try:
                 frames = packet.decode()
             except FFmpegError as error:
+                damaged += 1
                 yield self._damage(error)
+                began_s = time.monotonic()
                 continue
             for frame in frames:
                 check_size(frame.width, frame.height, self._limits.max_pixels)
-                came_s = time.monotonic()
                 yield self.decoded_count, self._moment_s(frame), frame
                 self.decoded_count += 1
+                # Only now: whoever takes the frames may have taken their time.
+                damaged, began_s = 0, time.monotonic()
 
     def _moment_s(self, frame: Any) -> float:
         """When the frame is to be seen; never before the one ahead of it."""

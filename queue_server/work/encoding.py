@@ -70,10 +70,13 @@ class AnnotatedVideo:
     def abandon(self) -> None:
         """Closes a file that nobody will read; quick, whatever its size."""
         if self._container is not None:
+            from av.error import FFmpegError
+
             container, self._container = self._container, None
             # Closing moves the whole file to put the index at its front. Of an empty file there is nothing to move.
-            os.truncate(self._path, 0)
-            with suppress(Exception):
+            if self._path.exists():  # it does not before the encoder's first output
+                os.truncate(self._path, 0)
+            with suppress(FFmpegError):
                 container.close()
 
     def _open(self, picture: Any) -> None:

@@ -33,11 +33,11 @@ class Pace:
         """An image that was sent at `begun_s` was turned away: waits for as long as the server said, a little more at random.
 
         Raises:
-            VisionFailed: none was answered for too long.
+            VisionFailed: none was answered for too long, or none will be.
             Stopped.
         """
-        now_s = time.monotonic()
-        if now_s - self._answered_s > self._task.settings.image_patience_s:
+        waited_s, patience_s = time.monotonic() - self._answered_s, self._task.settings.image_patience_s
+        if max(waited_s, failure.retry_after_s) > patience_s:
             raise VisionFailed(failure)
         # Those that were sent together are turned away together: that is one refusal.
         if begun_s >= self._slowed_s:

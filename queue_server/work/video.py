@@ -20,6 +20,7 @@ from google.rpc.status_pb2 import Status
 from queue_server import statuses
 from queue_server.errors import InvalidField, ResultTooLarge
 from queue_server.jobs import Failure
+from queue_server.media.files import largest_bytes
 from queue_server.work.ahead import Ahead
 from queue_server.work.decoding import Damage, Limits, Picture, Video, opened, picture_count
 from queue_server.work.encoding import AnnotatedVideo
@@ -169,16 +170,25 @@ class _Report:
             self._writer.add_error(damage.number, damage.time_s, statuses.write_status(damage.error))
 
     def _check_size(self) -> None:
-        # The tracks' frames are copied into the whole file at the end.
-        size_bytes = 2 * self._writer.size_bytes + (self._annotated.size_bytes if self._annotated else 0)
-        limit_bytes = self._task.settings.video_max_temp_bytes
-        if size_bytes > limit_bytes:
-            raise ResultTooLarge(
-                size_bytes=size_bytes,
-                limit_bytes=limit_bytes,
-                cure="Send a larger stride or a smaller max_frames, leave `annotate` out, or raise "
-                "QUEUE_VIDEO_MAX_TEMP_BYTES.",
-            )
+        """Now rather than when the last frame has been looked at."""
+        settings = self._task.settings
+        tracks_bytes, drawn_bytes = self._writer.size_bytes, self._annotated.size_bytes if self._annotated else 0
+        largest_file_bytes, _ = largest_bytes(settings)
+        for size_bytes, limit_bytes, cure in (
+            (
+                max(tracks_bytes, drawn_bytes),
+                largest_file_bytes,
+                "raise QUEUE_MAX_MEDIA_BYTES and QUEUE_MAX_REDIS_MEDIA_BYTES, or set QUEUE_MEDIA_URL",
+            ),
+            # The frames' entries are copied into the whole file at the end.
+            (2 * tracks_bytes + drawn_bytes, settings.video_max_temp_bytes, "raise QUEUE_VIDEO_MAX_TEMP_BYTES"),
+        ):
+            if size_bytes > limit_bytes:
+                raise ResultTooLarge(
+                    size_bytes=size_bytes,
+                    limit_bytes=limit_bytes,
+                    cure=f"Send a larger stride or a smaller max_frames, leave `annotate` out, or {cure}.",
+                )
 
     def _tell_progress(self) -> None:
         looked_at = self._answered + self._failed

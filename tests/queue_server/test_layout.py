@@ -56,8 +56,12 @@ async def test_the_consumer_takes_the_first_priority_first_and_no_more_than_it_m
     # And what it has not handed on goes back to its list
     consumer.ack(taken[0])
     consumer.requeue([taken[2]])
+    consumer.close()
     assert [redis_client.llen(keys.dramatiq_list(priority)) for priority in Priority] == [0, 1, 1]
     assert redis_client.hlen(keys.dramatiq_messages("interactive")) == 1
+    # And Dramatiq's own notes of what is in hand, which its script has made, know of the one that is left
+    (notes,) = redis_client.keys("{vq}:d:__acks__.*")
+    assert redis_client.smembers(notes) == {taken[1].options["redis_message_id"].encode()}
 
 
 async def test_every_key_has_a_name_of_keys_py(front: Front, start_worker, redis_client: redis.Redis) -> None:

@@ -9,9 +9,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import redis
 
 from tests.queue_server.conftest import Process
 from tests.queue_server.test_media import PLACES, at, files_in, id_of, no_bytes_left, some_bytes
@@ -24,7 +24,7 @@ class Web:
         self.process = process
         self.port = port
 
-    def ask(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -33,7 +33,7 @@ class Web:
         finally:
             connection.close()
 
-    def reason(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, str]:
+    def reason(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
         status, _, content = self.ask(method, path, body, **headers)
         (info,) = [one for one in json.loads(content)["error"]["details"] if "reason" in one]
         return status, info["reason"]
@@ -65,7 +65,7 @@ def web(
     process.popen.terminate()
 
 
-def test_files_go_in_and_come_out_as_they_are(web: Web, redis_client: redis.Redis, tmp_path: Path) -> None:
+def test_files_go_in_and_come_out_as_they_are(web: Web, redis_client: Any, tmp_path: Path) -> None:
     # Given a file larger than any other body may be, sent in both ways
     content = some_bytes(5_000_000)
     media_id = web.store(content, Content_Type="video/mp4")
@@ -110,7 +110,7 @@ def test_files_go_in_and_come_out_as_they_are(web: Web, redis_client: redis.Redi
     assert status == 200 and first["media"]["media_id"] == media_id and len(last["chunk"]) == 4
 
 
-def test_what_cannot_be_stored_or_found_is_told(web: Web, redis_client: redis.Redis, tmp_path: Path) -> None:
+def test_what_cannot_be_stored_or_found_is_told(web: Web, redis_client: Any, tmp_path: Path) -> None:
     assert web.reason("GET", f"/v1/media/{id_of(b'none')}:download") == (404, "MEDIA_NOT_FOUND")
     assert web.reason("GET", "/v1/media/x:download") == (404, "MEDIA_NOT_FOUND")
     assert web.ask("HEAD", "/v1/media/x:download")[0] == 404
@@ -133,7 +133,7 @@ def test_what_cannot_be_stored_or_found_is_told(web: Web, redis_client: redis.Re
 
 
 def test_a_slow_file_takes_its_time_and_a_broken_off_one_leaves_nothing(
-    web: Web, redis_client: redis.Redis, tmp_path: Path
+    web: Web, redis_client: Any, tmp_path: Path
 ) -> None:
     def begin(size_bytes: int) -> socket.socket:
         sock = socket.create_connection(("127.0.0.1", web.port), timeout=20)

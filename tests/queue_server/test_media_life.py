@@ -10,13 +10,13 @@ from typing import Any
 
 import grpc
 import pytest
-import redis
 from ai4thai.queue.v1 import queue_service_pb2 as pb
 from ai4thai.queue.v1 import queue_service_pb2_grpc, work_pb2
 
 from queue_server.connection import Connection
 from queue_server.errors import MediaNotFound, ResultTooLarge, StoreUnavailable
 from queue_server.jobs import JobState
+from queue_server.media import library
 from queue_server.media.objects import Objects
 from queue_server.media.sweep import ObjectSweep
 from queue_server.media.worker_files import WorkerFiles
@@ -36,20 +36,37 @@ from tests.queue_server.test_media import (
 )
 from tests.queue_server.test_submit import refusal
 
-SHORT_S = 0.6
-"""A lifetime."""
+KEEP_S = 60.0
+"""A file's lifetime here; nothing waits for it: Redis' clock cannot be turned, so what is left of a lifetime is."""
 
 
 @pytest.fixture
 def worker_store(redis_url: str) -> Iterator[WorkerStore]:
-    store = WorkerStore(worker_settings(redis_url, "localhost:1", keep_media_s=SHORT_S, lease_s=3600))
+    store = WorkerStore(worker_settings(redis_url, "localhost:1", keep_media_s=KEEP_S, lease_s=3600))
     store.start()
     yield store
     store.stop()
 
 
-def short(place: str, folder: Path, **changes: Any) -> dict[str, Any]:
-    return at(place, folder, keep_media_s=SHORT_S, keep_failed_media_s=SHORT_S, **changes)
+def kept(place: str, folder: Path) -> dict[str, Any]:
+    return at(place, folder, keep_media_s=KEEP_S, keep_failed_media_s=KEEP_S)
+
+
+def left_s(client: Any, media_id: str) -> float:
+    """What is left of a file's lifetime; -1: it has none, since a job needs it; -2: there is no such file."""
+    ms = client.pttl("{vq}:media:" + media_id)
+    if client.exists("{vq}:blob:" + media_id):
+        assert abs(client.pttl("{vq}:blob:" + media_id) - ms) < 100
+    return float(ms / 1000 if ms >= 0 else ms)
+
+
+def let_pass(client: Any, *media_ids: str, but_s: float = 0.001) -> None:
+    """Lets the files' lifetime pass, but for so many seconds."""
+    for media_id in media_ids:
+        for kind in ("media", "blob"):
+            client.pexpire("{vq}:" + kind + ":" + media_id, round(but_s * 1000))
+    for member in client.zrange("{vq}:objects", 0, -1):
+        client.zadd("{vq}:objects", {member: 1})
 
 
 def worker_files(store: WorkerStore, redis_url: str, **changes: Any) -> WorkerFiles:
@@ -74,48 +91,68 @@ async def is_there(front: Front, media_id: str) -> bool:
 
 
 @pytest.mark.parametrize("place", PLACES)
-async def test_use_renews_a_files_lifetime_and_nothing_is_left_after_it(
-    redis_url: str, redis_client: redis.Redis, place: str, tmp_path: Path
-) -> None:
-    async with serve(queue_settings(redis_url, **short(place, tmp_path))) as front:
-        # Given a file that is read, stored again and asked for, for longer than it lives by itself
-        content = some_bytes(5000)
-        media_id = (await upload(front, content)).media_id
-        for number in range(6):
-            await asyncio.sleep(SHORT_S / 2)
-            before_ms = redis_client.time()[0] * 1000
-            media = await upload(front, content) if number % 2 else (await download(front, media_id))[0]
-            assert before_ms < media.expire_time.ToMilliseconds() < before_ms + 1000 + SHORT_S * 1000 + 5000
-        # When nobody asks any more, then it is gone, and so are its bytes
+async def test_a_file_that_nobody_uses_dies(redis_url: str, redis_client: Any, place: str, tmp_path: Path) -> None:
+    async with serve(queue_settings(redis_url, **{**kept(place, tmp_path), "keep_media_s": 0.3})) as front:
+        media = await upload(front, some_bytes(5000))
         await until(lambda: no_bytes_left(redis_client, tmp_path))
-        assert not await is_there(front, media_id)
-        code, reason, _ = await refusal(front.submit(work=needs(media_id)))
+        assert not await is_there(front, media.media_id)
+        code, reason, _ = await refusal(front.submit(work=needs(media.media_id)))
         assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "MEDIA_NOT_FOUND")
 
 
 @pytest.mark.parametrize("place", PLACES)
-async def test_a_job_keeps_its_files(redis_url: str, redis_client: redis.Redis, place: str, tmp_path: Path) -> None:
-    async with serve(queue_settings(redis_url, **short(place, tmp_path))) as front:
+async def test_use_renews_a_files_lifetime(
+    redis_url: str, redis_client: Any, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "RENEW_S", 0.0)
+    async with serve(queue_settings(redis_url, **kept(place, tmp_path))) as front:
+        content = some_bytes(5_000_000)
+        chunks = [content[begin : begin + (1 << 20)] for begin in range(0, len(content), 1 << 20)]
+        media_id = (await upload(front, *chunks)).media_id
+        # Given a file whose lifetime is nearly over, when it is used, then it begins anew
+        for use in (
+            lambda: upload(front, *chunks),
+            lambda: upload(front, media_id=media_id),
+            lambda: download(front, media_id, len(content)),
+            lambda: download(front, media_id),
+        ):
+            let_pass(redis_client, media_id, but_s=10)
+            await use()
+            assert KEEP_S - 10 < left_s(redis_client, media_id) <= KEEP_S
+        # And while it is read
+        pieces = aiter(front.stub.GetMedia(pb.GetMediaRequest(media_id=media_id)))
+        expire_time = (await anext(pieces)).media.expire_time
+        assert 0 < expire_time.ToMilliseconds() / 1000 - redis_client.time()[0] <= KEEP_S + 1
+        let_pass(redis_client, media_id, but_s=10)
+        assert b"".join([piece.chunk async for piece in pieces]) == content
+        assert left_s(redis_client, media_id) > KEEP_S - 10
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_a_job_keeps_its_files(redis_url: str, redis_client: Any, place: str, tmp_path: Path) -> None:
+    async with serve(queue_settings(redis_url, **kept(place, tmp_path))) as front:
         # Given two jobs that need a file
         media_id = (await upload(front, some_bytes(5000))).media_id
         jobs = [await front.submit(work=needs(media_id)) for _ in range(2)]
-        # When its own lifetime has passed, and one of the jobs is over, then it is there
-        await asyncio.sleep(2 * SHORT_S)
-        await front.stub.CancelJob(pb.CancelJobRequest(job_id=jobs[0].job_id))
-        await asyncio.sleep(2 * SHORT_S)
-        media, _ = await download(front, media_id)
-        assert not media.HasField("expire_time")
+        # When one of them is over, then the file has no end, and the sweep leaves it
+        for job in jobs:
+            assert left_s(redis_client, media_id) == -1
+            let_pass(redis_client)
+            await asyncio.sleep(0.3)
+            media, content = await download(front, media_id)
+            assert not media.HasField("expire_time") and content == some_bytes(5000)
+            await front.stub.CancelJob(pb.CancelJobRequest(job_id=job.job_id))
         # When the other is over too, then it lives a lifetime more
-        await front.stub.CancelJob(pb.CancelJobRequest(job_id=jobs[1].job_id))
-        assert (await download(front, media_id))[0].HasField("expire_time")
+        assert 0 < left_s(redis_client, media_id) <= KEEP_S
+        let_pass(redis_client, media_id)
         await until(lambda: no_bytes_left(redis_client, tmp_path))
 
 
 @pytest.mark.parametrize("place", PLACES)
 async def test_a_results_files_live_and_die_with_their_job(
-    redis_url: str, redis_client: redis.Redis, worker_store: WorkerStore, place: str, tmp_path: Path
+    redis_url: str, redis_client: Any, worker_store: WorkerStore, place: str, tmp_path: Path
 ) -> None:
-    where = short(place, tmp_path / "store")
+    where = kept(place, tmp_path / "store")
     files = worker_files(worker_store, redis_url, **where)
     async with serve(queue_settings(redis_url, **where)) as front:
         # Given an attempt that stores two files: one of its own and one that is its input again
@@ -129,21 +166,24 @@ async def test_a_results_files_live_and_die_with_their_job(
             path.write_bytes(content)
             stored.append(await asyncio.to_thread(files.store, path, "video/mp4", fine))
             assert stored[-1] == id_of(content)
+        assert 0 < left_s(redis_client, stored[0]) <= KEEP_S
         # When it has succeeded, then they are there for as long as the job is
         assert worker_store.finish(claim, Outcome(JobState.SUCCEEDED, result=b"", files=tuple(stored)))[0]
-        await asyncio.sleep(2 * SHORT_S)
+        assert [left_s(redis_client, one) for one in stored] == [-1, -1]
         media, content = await download(front, stored[0])
         assert content == some_bytes(700_000, 1) and media.content_type == "video/mp4"
-        assert not media.HasField("expire_time") and await is_there(front, stored[1])
+        assert not media.HasField("expire_time")
         # And die when it is forgotten
         await front.stub.DeleteJob(pb.DeleteJobRequest(job_id=job.job_id))
+        assert all(0 < left_s(redis_client, one) <= KEEP_S for one in stored)
+        let_pass(redis_client, *stored)
         await until(lambda: no_bytes_left(redis_client, tmp_path / "store"))
 
 
 async def test_the_files_of_an_attempt_that_failed_die_by_themselves(
-    redis_url: str, redis_client: redis.Redis, worker_store: WorkerStore, tmp_path: Path
+    redis_url: str, redis_client: Any, worker_store: WorkerStore, tmp_path: Path
 ) -> None:
-    where = short("directory", tmp_path / "store")
+    where = kept("directory", tmp_path / "store")
     files = worker_files(worker_store, redis_url, **where)
     (tmp_path / "own").write_bytes(some_bytes(5000))
     async with serve(queue_settings(redis_url, **where)) as front:
@@ -152,7 +192,9 @@ async def test_the_files_of_an_attempt_that_failed_die_by_themselves(
         assert isinstance(first, Claim)
         media_id = files.store(tmp_path / "own", "", fine)
         assert worker_store.finish(first, Outcome(JobState.QUEUED, error=b"", files=(media_id,)))[0]
-        await until(lambda: not redis_client.exists("{vq}:media:" + media_id) and not files_in(tmp_path / "store"))
+        assert 0 < left_s(redis_client, media_id) <= KEEP_S
+        let_pass(redis_client, media_id)
+        await until(lambda: not files_in(tmp_path / "store"))
         # And a result that has lost its files is not recorded
         second = worker_store.claim(job.job_id, 2, "second", "w", b"")
         assert isinstance(second, Claim)
@@ -163,7 +205,7 @@ async def test_the_files_of_an_attempt_that_failed_die_by_themselves(
 
 @pytest.mark.parametrize("place", PLACES)
 async def test_a_worker_reads_what_was_stored(
-    redis_url: str, redis_client: redis.Redis, worker_store: WorkerStore, place: str, tmp_path: Path
+    redis_url: str, redis_client: Any, worker_store: WorkerStore, place: str, tmp_path: Path
 ) -> None:
     where = at(place, tmp_path / "store", max_media_bytes=2_000_000, max_redis_media_bytes=2_000_000)
     files = worker_files(worker_store, redis_url, **where)
@@ -200,7 +242,7 @@ async def test_a_worker_reads_what_was_stored(
 
 
 async def test_what_a_killed_server_was_writing_is_swept(
-    redis_url: str, redis_client: redis.Redis, tmp_path: Path, start_process: Callable[..., Process]
+    redis_url: str, redis_client: Any, tmp_path: Path, start_process: Callable[..., Process]
 ) -> None:
     # Given a server that is killed in the middle of an upload
     process = start_process(
@@ -232,36 +274,33 @@ async def test_what_a_killed_server_was_writing_is_swept(
 
 
 async def test_several_servers_sweep_at_once_and_spare_what_is_needed(
-    redis_url: str, redis_client: redis.Redis, tmp_path: Path
+    redis_url: str, redis_client: Any, tmp_path: Path
 ) -> None:
-    settings = queue_settings(redis_url, **{**short("directory", tmp_path), "media_sweep_s": 3600.0})
+    settings = queue_settings(redis_url, **{**kept("directory", tmp_path), "media_sweep_s": 3600.0})
     connection = Connection(redis_url, 2.0, settings.terms)
     await connection.start()
     objects = Objects(settings.media_url)
     async with serve(settings) as front:
-        # Given files of which some are needed by jobs, and one whose object somebody else has deleted
-        ids = [(await upload(front, some_bytes(2000, number))).media_id for number in range(8)]
-        for media_id in ids[::2]:
+        # Given files of which some are needed by jobs, some still live, and one whose object somebody else has deleted
+        ids = [(await upload(front, some_bytes(2000, number))).media_id for number in range(9)]
+        for media_id in ids[:3]:
             await front.submit(work=needs(media_id))
-        names = {
-            member.split()[1].decode(): member.split()[0].decode()
-            for member in redis_client.zrange("{vq}:objects", 0, -1)
-        }
-        (tmp_path / "media" / names[ids[1]]).unlink()
-        assert not await is_there(front, ids[1])
-        await asyncio.sleep(2 * SHORT_S)
+        names = dict(reversed(member.decode().split()) for member in redis_client.zrange("{vq}:objects", 0, -1))
+        (tmp_path / "media" / names[ids[8]]).unlink()
+        assert not await is_there(front, ids[8])
+        let_pass(redis_client, *ids[6:])
+        await asyncio.sleep(0.05)
         # When three sweep at the same moment
         counts = await asyncio.gather(*(ObjectSweep(connection, objects, settings).sweep_once() for _ in range(3)))
-        # Then each object was deleted by one of them, and those that jobs need are there
-        assert sum(counts) == 4
-        assert len(files_in(tmp_path)) == 4 and redis_client.zcard("{vq}:objects") == 4
-        for media_id in ids[::2]:
-            assert await is_there(front, media_id)
+        # Then each object was deleted by one of them, and the others are there
+        assert sum(counts) == 3
+        assert len(files_in(tmp_path)) == 6 and redis_client.zcard("{vq}:objects") == 6
+        assert [await is_there(front, media_id) for media_id in ids] == [True] * 6 + [False] * 3
     await connection.stop()
 
 
 async def test_an_object_that_was_swept_while_it_was_written_becomes_no_file(
-    redis_url: str, redis_client: redis.Redis, tmp_path: Path
+    redis_url: str, redis_client: Any, tmp_path: Path
 ) -> None:
     async with serve(queue_settings(redis_url, **at("directory", tmp_path))) as front:
         call = front.stub.UploadMedia()

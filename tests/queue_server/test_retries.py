@@ -6,12 +6,14 @@ import asyncio
 import socket
 import time
 
-from ai4thai.queue.v1 import job_pb2
+import pytest
+from ai4thai.queue.v1 import job_pb2, work_pb2
+from ai4thai.vision.v1 import generation_pb2
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
 from serving.errors import Code
-from tests.queue_server.conftest import Front, state
+from tests.queue_server.conftest import Front, queue_settings, serve, state
 from tests.queue_server.fake_vision import FakeVision, error
 from tests.queue_server.test_submit import stamp
 
@@ -46,6 +48,17 @@ async def test_a_job_fails_when_its_attempts_are_used_up(front: Front, start_wor
     assert reasons(ended.error) == ["ATTEMPTS_EXHAUSTED", "INTERNAL"]
     assert ended.error.message == "told to answer INTERNAL"
     assert ended.expire_time.ToSeconds() - ended.end_time.ToSeconds() == 7 * 24 * 3600
+
+
+async def test_a_job_that_does_not_say_has_the_attempts_of_its_kind(redis_url: str) -> None:
+    async with serve(queue_settings(redis_url, default_max_attempts=5, max_attempts_by_kind={"detect": 2})) as front:
+        assert (await front.submit()).max_attempts == 2
+        assert (await front.submit(max_attempts=7)).max_attempts == 7
+        conversation = work_pb2.Work()
+        conversation.generate.messages.add(role=generation_pb2.ROLE_USER).parts.add(text="What")
+        assert (await front.submit(work=conversation)).max_attempts == 5
+    with pytest.raises(ValueError, match="no kind of work 'detekt'"):
+        queue_settings(redis_url, max_attempts_by_kind={"detekt": 2})
 
 
 async def test_bad_input_fails_at_once(front: Front, start_worker, vision) -> None:

@@ -19,10 +19,11 @@ from ai4thai.vision.v1 import vision_service_pb2 as vision_pb
 
 from queue_server.errors import VideoUnreadable
 from queue_server.temporary import PREFIX, delete_abandoned
+from queue_server.work import decoding
 from queue_server.work.decoding import Limits, Picture, opened
 from serving.errors import Code
 from tests.queue_server.conftest import Front, state
-from tests.queue_server.fake_vision import error
+from tests.queue_server.fake_vision import FakeVision, error
 from tests.queue_server.test_retries import reasons
 from tests.queue_server.videos import (
     DISC_PX,
@@ -62,6 +63,16 @@ async def refused(front: Front, content: bytes, **fields: Any) -> str:
     assert (state(ended), ended.attempt_count) == ("FAILED", 1)
     assert reasons(ended.error) == ["VIDEO_UNREADABLE"]
     return ended.error.message
+
+
+def damaged(content: bytes, *numbers: int) -> bytes:
+    """A video of JPEGs, some of which are no longer any."""
+    starts = [at for at in range(len(content)) if content[at : at + 3] == b"\xff\xd8\xff"]
+    broken = bytearray(content)
+    for number in numbers:
+        start, end = starts[number], starts[number + 1] - 8
+        broken[start:end] = bytes(end - start)
+    return bytes(broken)
 
 
 def folders() -> set[Path]:
@@ -203,17 +214,23 @@ async def test_a_server_that_answers_no_frame_at_all_fails_the_attempt(
 async def test_a_damaged_place_is_reported_and_decoding_goes_on(front: Front, start_worker, tmp_path) -> None:
     # Given a video of JPEGs, two of which are no longer any
     await start_worker()
-    content = bytearray(write_video(tmp_path / "a.avi", even(12), codec="mjpeg"))
-    starts = [at for at in range(len(content)) if content[at : at + 3] == b"\xff\xd8\xff"]
-    for number in (4, 5):
-        content[starts[number] : starts[number + 1] - 8] = bytes(starts[number + 1] - 8 - starts[number])
+    content = damaged(write_video(tmp_path / "a.avi", even(12), codec="mjpeg"), 4, 5)
     # Then the others are looked at, and the JSON tells of those two
-    result, tracks = await done(front, bytes(content))
+    result, tracks = await done(front, content)
     assert result.failed_frame_count == 2
     assert result.detected_frame_count == 10
-    damaged = [entry for entry in tracks["frames"] if "error" in entry]
-    assert [entry["error"]["reason"] for entry in damaged] == ["VIDEO_UNREADABLE"] * 2
-    assert tracks["frames"].index(damaged[0]) == 4
+    errors = [entry for entry in tracks["frames"] if "error" in entry]
+    assert [entry["error"]["reason"] for entry in errors] == ["VIDEO_UNREADABLE"] * 2
+    assert tracks["frames"].index(errors[0]) == 4
+
+
+def test_a_file_of_nothing_but_damage_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "MAX_DAMAGED", 3)
+    (tmp_path / "a.avi").write_bytes(damaged(write_video(tmp_path / "a.avi", even(12), codec="mjpeg"), *range(5, 11)))
+    with opened(tmp_path / "a.avi", Limits(10**6, 10, 1), lambda: False) as opened_video:
+        found = list(opened_video.frames(1, 100))
+        assert not opened_video.complete
+    assert [isinstance(one, Picture) for one in found] == [True] * 5 + [False] * 3
 
 
 async def test_of_a_file_that_breaks_off_what_there_is_is_looked_at(front: Front, start_worker, tmp_path) -> None:
@@ -266,11 +283,15 @@ async def test_a_video_that_is_too_large_is_refused(front: Front, start_worker, 
     assert "160 × 120 pixels" in await refused(front, write_video(tmp_path / "a.mp4", even(3)))
 
 
-async def test_results_that_take_too_much_disk_fail_the_job(front: Front, start_worker, vision, tmp_path) -> None:
-    await start_worker(video_max_temp_bytes=2000)
-    ended = await end(front, write_video(tmp_path / "a.mp4", even(30)))
+@pytest.mark.parametrize("setting", ["video_max_temp_bytes", "max_redis_media_bytes"])
+async def test_results_that_grow_too_large_fail_the_job_at_once(
+    front: Front, start_worker, vision, tmp_path, setting: str
+) -> None:
+    await start_worker(**{setting: 2000})
+    vision.slow_frame = 29  # is never reached
+    ended = await end(front, write_video(tmp_path / "a.mp4", even(30)), annotate=True)
     assert (state(ended), reasons(ended.error)) == ("FAILED", ["RESULT_TOO_LARGE"])
-    assert "QUEUE_VIDEO_MAX_TEMP_BYTES" in ended.error.message
+    assert f"QUEUE_{setting.upper()}" in ended.error.message
 
 
 @pytest.mark.parametrize("stop", ["cancel", "worker stops"])
@@ -302,6 +323,18 @@ async def test_a_video_stops_within_a_second(front: Front, start_worker, vision,
     assert folders() == before
 
 
+async def test_a_slow_server_is_no_fault_of_the_video(front: Front, start_worker, vision, tmp_path) -> None:
+    # Given a server that takes longer for a frame than a file may for its next one
+    await start_worker(video_stall_s=0.2, video_frames_in_flight=2)
+    vision.slow_frame = 2
+    job = await front.submit(work=video(write_video(tmp_path / "a.mp4", even(30))))
+    await front.until(job.job_id, lambda job: job.progress.completed_count == 2)
+    await asyncio.sleep(0.6)
+    vision.release()
+    ended = await front.end(job.job_id)
+    assert (state(ended), ended.result.video.detected_frame_count) == ("SUCCEEDED", 30)
+
+
 async def test_a_stream_that_is_not_answered_fails_the_attempt(front: Front, start_worker, vision, tmp_path) -> None:
     await start_worker(vision_call_s=0.4, watch_s=0.1)
     vision.slow_frame = 2
@@ -309,6 +342,33 @@ async def test_a_stream_that_is_not_answered_fails_the_attempt(front: Front, sta
     ended = await front.end(job.job_id)
     assert (state(ended), reasons(ended.error)[0]) == ("FAILED", "ATTEMPTS_EXHAUSTED")
     assert "No frame was answered" in ended.error.message
+
+
+async def test_a_connection_that_breaks_in_the_midst_costs_an_attempt_and_leaves_nothing_behind(
+    front: Front, start_worker, vision, tmp_path
+) -> None:
+    # Given a video whose server dies of its third frame
+    before = folders()
+    await start_worker()
+    vision.slow_frame = 3
+    content = write_video(tmp_path / "a.mp4", even(20))
+    job = await front.submit(work=video(content, annotate=True), max_attempts=2)
+    await front.until(job.job_id, lambda job: job.progress.completed_count == 3)
+    port = vision.port
+    vision.break_off()
+    failed = await front.until(job.job_id, lambda job: job.attempts[0].HasField("end_time"))
+    assert reasons(failed.attempts[0].error) == ["VISION_UNAVAILABLE"]
+    # When it is back, then the next attempt begins at the beginning
+    late = FakeVision()
+    late.start(port)
+    try:
+        ended = await front.end(job.job_id)
+    finally:
+        late.stop()
+    assert (state(ended), ended.attempt_count) == ("SUCCEEDED", 2)
+    assert late.frame_ids == list(range(20))
+    assert ended.result.video.detected_frame_count == 20
+    assert folders() == before
 
 
 async def test_a_full_server_costs_a_video_no_attempt(front: Front, start_worker, vision, tmp_path) -> None:

@@ -96,3 +96,8 @@ def test_the_names_of_jobs_grow() -> None:
     names = [ids.new() for _ in range(10_000)]
     assert names == sorted(names) and len(set(names)) == len(names)
     assert all(wire.read_job_id(name) == name for name in names)
+
+
+def test_the_table_has_every_kind_of_the_contract() -> None:
+    for message, oneof in ((work_pb2.Work, "work"), (work_pb2.JobResult, "result")):
+        assert set(KINDS) == {field.name for field in message.DESCRIPTOR.oneofs_by_name[oneof].fields}
