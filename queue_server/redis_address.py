@@ -26,7 +26,7 @@ from redis.asyncio import sentinel as async_sentinel
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel, SentinelConnectionPool
+from redis.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection, SentinelManagedSSLConnection
 
 PORT = 6379
 SENTINEL_PORT = 26379
@@ -89,9 +89,7 @@ class RedisAddress:
             kind = async_connection.UnixDomainSocketConnection if "path" in options else async_connection.Connection
             if self.tls:
                 kind = async_connection.SSLConnection
-            return async_redis.Redis(
-                connection_pool=async_redis.BlockingConnectionPool(connection_class=kind, **options)
-            )
+            return async_redis.Redis(connection_pool=_AsyncPool(connection_class=kind, **options))
         sentinel = async_sentinel.Sentinel(  # type: ignore[no-untyped-call]
             self.sentinels, sentinel_kwargs={**self._sentinel_options(), "retry": AsyncRetry(NoBackoff(), 0)}
         )
@@ -112,11 +110,12 @@ class RedisAddress:
             kind: Any = redis.UnixDomainSocketConnection if "path" in options else redis.Connection
             if self.tls:
                 kind = redis.SSLConnection
-            return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
+            return redis.Redis(connection_pool=_Pool(connection_class=kind, **options))
         sentinel = Sentinel(  # type: ignore[no-untyped-call]
             self.sentinels, sentinel_kwargs={**self._sentinel_options(), "retry": Retry(NoBackoff(), 0)}
         )
-        pool = SentinelConnectionPool(self.service, sentinel, ssl=self.tls, **options)  # type: ignore[no-untyped-call]
+        kind = _SentinelTlsConnection if self.tls else _SentinelConnection
+        pool = _SentinelPool(self.service, sentinel, connection_class=kind, **options)  # type: ignore[no-untyped-call]
         return redis.Redis(connection_pool=pool)
 
     def _tcp_options(self) -> dict[str, Any]:
@@ -131,8 +130,43 @@ class RedisAddress:
         return {**self.sentinel_options, **timeouts, "ssl": self.tls}
 
 
-class _AsyncSentinelPool(async_sentinel.SentinelConnectionPool, async_redis.BlockingConnectionPool):
-    """Connections to the master that wait for their turn when all are in use, instead of failing."""
+# When one connection breaks or gets no answer, the others that lead to the same server are no better: whoever takes one of them
+# next would wait for his answer in vain as well. So all idle ones are given up, and the next command connects anew.
+
+
+class _Pool(redis.ConnectionPool):
+    def release(self, connection: Any) -> None:
+        super().release(connection)
+        if not connection.is_connected:
+            self.disconnect(inuse_connections=False)
+
+
+class _SentinelPool(SentinelConnectionPool, _Pool):
+    pass
+
+
+class _AsyncPool(async_redis.BlockingConnectionPool):
+    async def release(self, connection: Any) -> None:
+        await super().release(connection)
+        if not connection.is_connected:
+            for idle in list(self._available_connections):
+                # Without waiting for the close, so that nobody can take it up meanwhile.
+                await idle.disconnect(nowait=True)
+
+
+class _AsyncSentinelPool(async_sentinel.SentinelConnectionPool, _AsyncPool):
+    pass
+
+
+class _SentinelConnection(SentinelManagedConnection):
+    def read_response(self, *arguments: Any, **options: Any) -> Any:
+        # redis-py leaves this connection open after a timeout, and its late answer would be taken for the next command's.
+        options.setdefault("disconnect_on_error", True)
+        return super().read_response(*arguments, **options)
+
+
+class _SentinelTlsConnection(_SentinelConnection, SentinelManagedSSLConnection):
+    pass
 
 
 async def close(client: Any) -> None:

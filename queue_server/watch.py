@@ -22,6 +22,7 @@ from serving.logs import get_logger
 # How long the reader blocks in Redis, and how often a watcher looks by itself in case a word got lost at the door.
 DOOR_BLOCK_S = 2.0
 LOOK_AGAIN_S = 5.0
+GATHER_S = 0.005
 
 _log = get_logger("watch")
 
@@ -141,6 +142,8 @@ class Watches:
                         for entry_id, fields in entries:
                             position = entry_id
                             self.ring(fields[b"j"].decode())
+                    # What changes meanwhile comes together: under load one read in place of many.
+                    await asyncio.sleep(GATHER_S)
                 except StoreUnavailable as error:
                     _log.debug("the door does not answer", error=str(error))
                     # A Redis that was emptied meanwhile begins its stream anew: start from its end, not from our position.

@@ -112,7 +112,7 @@ class Sender:
             target = self._guard.read_url(url)
             await self._post(target, self._headers(target, message_id, body), body.encode())
         except AddressRefused as error:
-            raise SendFailed(f"{url[:200]!r}: {error}") from None
+            raise SendFailed(str(error)) from None
         except (TimeoutError, httpcore.TimeoutException):
             raise SendFailed(f"no answer within {self._timeout_s:g} s") from None
         except (httpcore.ConnectError, OSError) as error:

@@ -201,7 +201,7 @@ def _read_webhook(request: queue_service_pb2.SubmitJobRequest, settings: QueueSe
     try:
         Guard(settings.webhook_allowed_hosts.split(",")).read_url(request.webhook.url)
     except AddressRefused as error:
-        raise InvalidField("webhook.url", f"No webhook is sent to {request.webhook.url[:200]!r}: {error}.") from None
+        raise InvalidField("webhook.url", f"No webhook is sent to this URL: {error}.") from None
     return request.webhook.url
 
 

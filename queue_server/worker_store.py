@@ -73,9 +73,11 @@ class WorkerStore:
 
     def start(self) -> None:
         """Makes the client; the first command connects."""
-        self._client = read_address(self._settings.url).client(
-            # Long: a Redis that stalls (a fork, a slow disk) must not make a worker give up what it holds.
-            timeout_s=30,
+        address = read_address(self._settings.url)
+        self._client = address.client(
+            # Long: a Redis that stalls (a fork, a slow disk) must not make a worker give up what it holds. Sentinels replace one
+            # that stalls for longer than a few seconds.
+            timeout_s=10 if address.sentinels else 30,
             connect_timeout_s=3,
             health_check_s=30,
         )

@@ -176,6 +176,7 @@ end
 -- Sends held jobs of a client while there is room, the most urgent first, at most `limit`; the number sent.
 local function release_held(queue, client, limit)
   local sent = 0
+  if tonumber(redis.call('HGET', key('q', queue, 'n'), 'HELD') or 0) == 0 then return 0 end
   for _, priority in ipairs(PRIORITIES) do
     local held = key('held', priority, queue, client)
     while sent < limit do

@@ -194,7 +194,9 @@ class QueueServiceServicer:
     def UploadMedia(self, request_iterator, context):
         """Stores a file in pieces: first a `config`, then `chunk`s of at most 1 MiB each. The same bytes are stored once and have the same
         media_id, so that an upload that broke off is sent again; one whose media_id is announced and stored already is answered at once.
-        In HTTP: POST the bytes to /v1/media. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
+        The initial metadata comes after the config and has `x-chunks-wanted: 1` when the chunks are wanted; without it the answer follows
+        (stored already, or refused): a sender that waits for it sends nothing in vain. In HTTP: POST the bytes to /v1/media.
+        Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -69,7 +69,9 @@ class QueueServiceStub:
     UploadMedia: _grpc.StreamUnaryMultiCallable[_queue_service_pb2.UploadMediaRequest, _queue_service_pb2.UploadMediaResponse]
     """Stores a file in pieces: first a `config`, then `chunk`s of at most 1 MiB each. The same bytes are stored once and have the same
     media_id, so that an upload that broke off is sent again; one whose media_id is announced and stored already is answered at once.
-    In HTTP: POST the bytes to /v1/media. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
+    The initial metadata comes after the config and has `x-chunks-wanted: 1` when the chunks are wanted; without it the answer follows
+    (stored already, or refused): a sender that waits for it sends nothing in vain. In HTTP: POST the bytes to /v1/media.
+    Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
     """
     GetMedia: _grpc.UnaryStreamMultiCallable[_queue_service_pb2.GetMediaRequest, _queue_service_pb2.GetMediaResponse]
     """Sends a stored file in pieces of at most 1 MiB; the first message tells of the file. In JSON: one object a line; the bytes
@@ -125,7 +127,9 @@ class QueueServiceAsyncStub(QueueServiceStub):
     UploadMedia: _aio.StreamUnaryMultiCallable[_queue_service_pb2.UploadMediaRequest, _queue_service_pb2.UploadMediaResponse]  # type: ignore[assignment]
     """Stores a file in pieces: first a `config`, then `chunk`s of at most 1 MiB each. The same bytes are stored once and have the same
     media_id, so that an upload that broke off is sent again; one whose media_id is announced and stored already is answered at once.
-    In HTTP: POST the bytes to /v1/media. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
+    The initial metadata comes after the config and has `x-chunks-wanted: 1` when the chunks are wanted; without it the answer follows
+    (stored already, or refused): a sender that waits for it sends nothing in vain. In HTTP: POST the bytes to /v1/media.
+    Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
     """
     GetMedia: _aio.UnaryStreamMultiCallable[_queue_service_pb2.GetMediaRequest, _queue_service_pb2.GetMediaResponse]  # type: ignore[assignment]
     """Sends a stored file in pieces of at most 1 MiB; the first message tells of the file. In JSON: one object a line; the bytes
@@ -238,7 +242,9 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_queue_service_pb2.UploadMediaResponse, _abc.Awaitable[_queue_service_pb2.UploadMediaResponse]]:
         """Stores a file in pieces: first a `config`, then `chunk`s of at most 1 MiB each. The same bytes are stored once and have the same
         media_id, so that an upload that broke off is sent again; one whose media_id is announced and stored already is answered at once.
-        In HTTP: POST the bytes to /v1/media. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
+        The initial metadata comes after the config and has `x-chunks-wanted: 1` when the chunks are wanted; without it the answer follows
+        (stored already, or refused): a sender that waits for it sends nothing in vain. In HTTP: POST the bytes to /v1/media.
+        Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
