@@ -13,8 +13,8 @@ scripts/record.lua builds the same names; tests/queue_server/test_layout.py comp
     {vq}:media:<media_id>:jobs   set: the jobs that need it
     {vq}:blob:<media_id>     its bytes, when they lie in Redis
     {vq}:part:<upload>       the bytes of a file that is still being written to Redis; 5 min
-    {vq}:objects             zset: what lies in the object store, by when to look at it: `<name>` (being written), `<name> <media_id>`,
-                             `<name> -` (to be deleted)
+    {vq}:objects             zset: what lies in the object store, by when to look at it: `<name>` (being written),
+                             `<name> <media_id>`, `<name> -` (to be deleted)
     {vq}:idem:<client>:<request_id>   hash: job, fingerprint; 24 h
     {vq}:idx:all, :idx:state:<state>, :idx:queue:<queue>, :idx:client:<client>   zsets, score 0: ids by creation
     {vq}:delayed             zset: SCHEDULED, by the time they are due

@@ -110,8 +110,13 @@ class Store:
         outcomes: list[tuple[Job, bool] | ServiceError] = []
         for start in range(0, len(submissions), BATCH):
             batch = submissions[start : start + BATCH]
-            for submission in batch:
-                await self.files.store_contents(submission.blobs)
+            try:
+                await self.files.store_contents(
+                    {media_id: content for submission in batch for media_id, content in submission.blobs.items()}
+                )
+            except QueueFull as error:
+                outcomes.extend([error] * len(batch))
+                continue
             calls = [(self._describe(submission), submission.work) for submission in batch]
             for submission, answer in zip(batch, await self._connection.run_many("submit", calls), strict=True):
                 try:

@@ -26,6 +26,8 @@ CONNECT_S = 5.0
 MAX_ADDRESSES = 3
 # Secrets as Standard Webhooks wants them, in bytes.
 SECRET_BYTES = range(24, 65)
+# What a receiver that is full, or a proxy whose receiver is not there, answers to all.
+AWAY = (429, 502, 503, 504)
 # An answer says nothing beyond its status; a short one is read all the same, so that the connection can be used again.
 ANSWER_BYTES = 16 << 10
 ANSWER_S = 1.0
@@ -39,12 +41,16 @@ Resolve = Callable[[str], Awaitable[list[Address]]]
 class SendFailed(Exception):
     """The receiver did not take it; the text says why, in words for the sender of the job.
 
-    `final`: it never will (410 Gone). `retry_after_s`: it asked not to be tried sooner. `detail`: for the operator's log alone.
+    `final`: it never will (410 Gone). `away`: it would not have taken any other either. `retry_after_s`: it asked not to be tried
+    sooner. `detail`: for the operator's log alone.
     """
 
-    def __init__(self, why: str, *, final: bool = False, retry_after_s: float = 0.0, detail: str = "") -> None:
+    def __init__(
+        self, why: str, *, final: bool = False, away: bool = False, retry_after_s: float = 0.0, detail: str = ""
+    ) -> None:
         super().__init__(why)
         self.final = final
+        self.away = away
         self.retry_after_s = retry_after_s
         self.detail = detail
 
@@ -92,6 +98,7 @@ class Sender:
         self._pools = {
             secure: httpcore.AsyncConnectionPool(
                 ssl_context=context,
+                max_connections=None,  # webhooks.py bounds what is sent at once
                 max_keepalive_connections=16,
                 keepalive_expiry=5.0,
                 network_backend=_CheckedNetwork(self._guard, self._resolve, secure),
@@ -114,14 +121,14 @@ class Sender:
         except AddressRefused as error:
             raise SendFailed(str(error)) from None
         except (TimeoutError, httpcore.TimeoutException):
-            raise SendFailed(f"no answer within {self._timeout_s:g} s") from None
+            raise SendFailed(f"no answer within {self._timeout_s:g} s", away=True) from None
         except (httpcore.ConnectError, OSError) as error:
             if "certificate" in str(error).lower():
-                raise SendFailed("its certificate cannot be verified", detail=str(error)) from None
+                raise SendFailed("its certificate cannot be verified", away=True, detail=str(error)) from None
             # What exactly went wrong would tell the sender about the network behind this server.
-            raise SendFailed("no connection could be made", detail=str(error)) from None
+            raise SendFailed("no connection could be made", away=True, detail=str(error)) from None
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise SendFailed("the connection broke off", detail=str(error)) from None
+            raise SendFailed("the connection broke off", away=True, detail=str(error)) from None
 
     async def _post(self, target: Target, headers: list[tuple[str, str]], content: bytes) -> None:
         url = httpcore.URL(
@@ -146,6 +153,7 @@ class Sender:
             raise SendFailed(
                 f"the receiver answered {answer.status}",
                 final=answer.status == 410,
+                away=answer.status in AWAY,
                 retry_after_s=_read_retry_after(fields.get("retry-after", "")) if answer.status in (429, 503) else 0.0,
             )
 

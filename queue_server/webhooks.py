@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
+from weakref import WeakValueDictionary
 
 from queue_server import keys, statuses, wire
 from queue_server.addresses import Guard
@@ -29,12 +30,13 @@ from serving.health import Warned
 from serving.logs import get_logger
 from serving.transcoding import to_dict
 
-# How often due webhooks are looked for: what a receiver waits beyond the job's end, at most.
+# How often due webhooks are looked for: what a receiver waits beyond the job's end, at most; sooner again after some were found.
 TICK_S = 0.5
-MAX_UNDER_WAY = 32
-# No receiver, however slow, has more than its share of those.
-MAX_PER_RECEIVER = 8
-# A receiver that failed is left alone for as long as its webhook's second try waits: all others of its are put off, uncounted.
+NEXT_S = 0.05
+# Webhooks in hand, and those of them that are being sent. No receiver, however slow, has more than its share.
+MAX_TAKEN, MAX_TAKEN_EACH = 256, 64
+MAX_SENT, MAX_SENT_EACH = 32, 8
+# A receiver that is away is left alone for as long as a webhook's second try waits: its others are put off, uncounted.
 MAX_RESTING = 1000
 RETRY_FACTOR = 6
 RETRY_LIMIT_S = 5 * 3600.0
@@ -58,8 +60,14 @@ class Webhooks:
             Guard(settings.webhook_allowed_hosts.split(",")), secret, settings.webhook_timeout_s, resolve=resolve
         )
         self._task: asyncio.Task[None] | None = None
-        self._under_way: dict[asyncio.Task[None], str] = {}
+        # A try, what is done around it, and as much again.
+        self._lease_s = 2 * (settings.webhook_timeout_s + 1.0)
+        self._taken: dict[asyncio.Task[None], str] = {}
+        self._sending: set[asyncio.Task[None]] = set()
+        self._stopping = False
         self._resting: dict[str, float] = {}
+        self._room = asyncio.Semaphore(MAX_SENT)
+        self._rooms: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def start(self) -> None:
         """Begins to look."""
@@ -68,17 +76,19 @@ class Webhooks:
             self._task = asyncio.create_task(self._run(), name="webhooks")
 
     async def stop(self) -> None:
-        """Lets what is under way end, for a few seconds; what does not is sent again by another server."""
+        """Lets what is being sent end, for a few seconds; the rest is sent by another server when its lease ends."""
         if self._task is None:
             return
+        self._stopping = True
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
-        if self._under_way:
-            _, late = await asyncio.wait(self._under_way, timeout=STOP_S)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=STOP_S)
+        late = list(self._taken)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
         await self._sender.stop()
 
     async def check(self) -> str:
@@ -88,7 +98,7 @@ class Webhooks:
         pipeline.zcard(keys.HOOKS).zrange(keys.HOOKS, 0, 0, withscores=True).time()
         waiting, first, (seconds, _) = await self._connection.ask(pipeline.execute())
         late_s = seconds - first[0][1] / 1000 if first else 0.0
-        detail = f"{waiting} wait, {len(self._under_way)} are under way"
+        detail = f"{waiting} wait, {len(self._taken)} are in hand"
         if not self._enabled:
             detail = "none are sent: there is no QUEUE_WEBHOOK_SECRET"
             return Warned(f"{detail}, and {waiting} wait") if waiting else detail
@@ -96,24 +106,19 @@ class Webhooks:
 
     async def _run(self) -> None:
         while True:
+            found = False
             try:
-                full = await self._take()
+                found = await self._take()
             except (StoreUnavailable, QueueFull) as error:
                 _log.debug("cannot look for webhooks", error=str(error))
-                full = False
             except Exception:
                 # What it was is looked for again at the next tick; the others must not wait for it.
                 _log.exception("looking for webhooks failed once")
-                full = False
-            if full and self._under_way:
-                # There may be more than there was room for: on as soon as there is room.
-                await asyncio.wait(self._under_way, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
-            else:
-                await asyncio.sleep(TICK_S)
+            await asyncio.sleep(NEXT_S if found else TICK_S)
 
     async def _take(self) -> bool:
-        """Begins to send what is due; whether there may be more."""
-        room = MAX_UNDER_WAY - len(self._under_way)
+        """Takes what is due in hand; whether there was anything."""
+        room = MAX_TAKEN - len(self._taken)
         if room <= 0:
             return True
         now_s = time.monotonic()
@@ -122,19 +127,33 @@ class Webhooks:
             "hooks_take",
             {
                 "limit": room,
-                "per_receiver": MAX_PER_RECEIVER,
-                "sending": Counter(self._under_way.values()),
+                "per_receiver": MAX_TAKEN_EACH,
+                "taken": Counter(self._taken.values()),
                 "resting": {receiver: round((until_s - now_s) * 1000) for receiver, until_s in self._resting.items()},
-                # A try, what is done around it, and as much again.
-                "lease_ms": round(2 * (self._settings.webhook_timeout_s + 1.0) * 1000),
+                "lease_ms": round(self._lease_s * 1000),
             },
         )
         for record in records:
             fields = read_fields(record)
-            task = asyncio.create_task(self._tell(read_job(fields), int(fields["hook_take"])))
-            self._under_way[task] = _receiver(fields["hook"])
-            task.add_done_callback(lambda done: self._under_way.pop(done, None))
+            receiver = _receiver(fields["hook"])
+            task = asyncio.create_task(self._wait_and_tell(read_job(fields), int(fields["hook_take"]), receiver))
+            self._taken[task] = receiver
+            task.add_done_callback(lambda done: self._taken.pop(done, None))
         return bool(records)
+
+    async def _wait_and_tell(self, job: Job, take: int, receiver: str) -> None:
+        taken_s = time.monotonic()
+        async with self._rooms.setdefault(receiver, asyncio.Semaphore(MAX_SENT_EACH)):
+            rest_s = self._resting.get(receiver, 0.0) - time.monotonic()
+            if rest_s > 0:
+                await asyncio.sleep(min(rest_s, self._lease_s / 2))
+            async with self._room:
+                # One whose lease might not outlast the try is left to it: due again when it ends.
+                if time.monotonic() - taken_s < self._lease_s / 2 and not self._stopping:
+                    sending = asyncio.create_task(self._tell(job, take))
+                    self._sending.add(sending)
+                    sending.add_done_callback(self._sending.discard)
+                    await sending
 
     async def _tell(self, job: Job, take: int) -> None:
         assert job.webhook is not None
@@ -178,7 +197,7 @@ class Webhooks:
                 _log.debug("webhook settled by another", **of_job(job), **fields)
 
     def _rest(self, receiver: str, failure: SendFailed) -> None:
-        if not failure.final and len(self._resting) < MAX_RESTING:
+        if failure.away and len(self._resting) < MAX_RESTING:
             rest_s = max(self._settings.webhook_retry_s, min(failure.retry_after_s, RETRY_AFTER_LIMIT_S))
             self._resting[receiver] = time.monotonic() + rest_s
 

@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from uuid import uuid4
 
 from queue_server import keys
-from queue_server.connection import Connection, memory_full
+from queue_server.connection import Connection, memory_full, translated
 from queue_server.errors import MediaNotFound, QueueFull, StoreUnavailable
 from queue_server.media.files import (
     PART_TTL_MS,
@@ -34,6 +34,10 @@ from serving.logs import get_logger
 
 # Pieces are larger than everything else that Redis is asked: they get more time.
 PIECE_TIMEOUT_S = 10.0
+# What comes within a submission and is at most so large is sent at once, without asking whether it is stored already; so many of
+# them in one round trip.
+SMALL_BYTES = 64 << 10
+SMALL_AT_ONCE = 32
 # How long a writer that was told to stop may take to clean up after itself; after that the sweep does.
 ABORT_S = 15.0
 
@@ -91,16 +95,23 @@ class Library:
         stored = await self.find(incoming.media_id)
         if stored is None:
             raise StoreUnavailable(why="the file was gone as soon as it was stored")
+        _log.info(
+            "file stored", media_id=stored.media_id, size_bytes=stored.size_bytes, place=stored.object_name or "Redis"
+        )
         return stored
 
     async def store_contents(self, contents: Mapping[str, bytes]) -> None:
-        """Stores what came within a submission, by its ids; what is stored already is not sent again."""
-        if not contents:
+        """Stores what came within submissions, by its ids."""
+        most = min(SMALL_BYTES, self._settings.media_inline_bytes) if self._settings.media_url else SMALL_BYTES
+        small = [(media_id, content) for media_id, content in contents.items() if len(content) <= most]
+        for begin in range(0, len(small), SMALL_AT_ONCE):
+            await self._store_small(small[begin : begin + SMALL_AT_ONCE])
+        large = {media_id: content for media_id, content in contents.items() if len(content) > most}
+        if not large:
             return
-        # Asks with a short answer first: a Redis that hangs is found out in time.
-        found = await self.find_all(list(contents))
-        for (media_id, content), file in zip(contents.items(), found, strict=True):
-            if file is not None:
+        # Asks with a short answer first: what is stored already is not sent again.
+        for (media_id, content), found in zip(large.items(), await self.find_all(list(large)), strict=True):
+            if found is not None:
                 continue
             if belongs_outside(len(content), self._settings):
                 await self._write_object(Content(media_id, content), "")
@@ -180,6 +191,18 @@ class Library:
         if await self._complete(pieces.media_id, pieces.size_bytes, content_type, object_name=name) == "same":
             await self._delete_object(name)
 
+    async def _store_small(self, contents: Sequence[tuple[str, bytes]]) -> None:
+        """In one round trip, whether they are stored already or not."""
+        if len(contents) == 1:
+            ((media_id, content),) = contents
+            await self._complete(media_id, len(content), "", content=content)
+            return
+        calls = [(self._describe(media_id, len(content)), content) for media_id, content in contents]
+        for answer in await self._connection.run_many("store_media", calls):
+            if isinstance(answer, BaseException):
+                with translated(self._settings.url):
+                    raise answer
+
     async def _saying_so(self, name: str, pieces: Pieces) -> AsyncIterator[bytes]:
         said_s = time.monotonic()
         async for piece in pieces:
@@ -204,7 +227,16 @@ class Library:
         content: bytes = b"",
     ) -> str:
         """Makes the bytes a file: `stored`, or `same`: others have stored the same ones."""
-        parameters = {
+        parameters = self._describe(media_id, size_bytes, content_type, object_name, part)
+        word: str = (await self._connection.run("store_media", parameters, content)).decode()
+        if word == "late":
+            raise StoreUnavailable(why="the file took so long to write that it was given up")
+        return word
+
+    def _describe(
+        self, media_id: str, size_bytes: int, content_type: str = "", object_name: str = "", part: str = ""
+    ) -> dict[str, object]:
+        return {
             "media_id": media_id,
             "size": size_bytes,
             "type": content_type,
@@ -212,11 +244,6 @@ class Library:
             "part": part,
             "first_ms": self._first_ms,
         }
-        word: str = (await self._connection.run("store_media", parameters, content)).decode()
-        if word == "late":
-            raise StoreUnavailable(why="the file took so long to write that it was given up")
-        _log.info("file stored", media_id=media_id, size_bytes=size_bytes, place=object_name or "Redis", outcome=word)
-        return word
 
     async def _abandon(self, name: str, pieces: Pieces, writing: asyncio.Future[None]) -> None:
         """The writer cleans up what it has written so far; what it leaves, the sweep finds."""

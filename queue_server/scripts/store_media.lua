@@ -31,8 +31,7 @@ elseif part then
   redis.call('RENAME', part, blob)
   redis.call('PEXPIREAT', blob, until_ms)
 else
-  redis.call('SET', blob, ARGV[2])
-  redis.call('PEXPIREAT', blob, until_ms)
+  redis.call('SET', blob, ARGV[2], 'PXAT', until_ms)
 end
 redis.call('HSET', file, 'size', int(a.size), 'type', a.type, 'object', a.object, 'place', a.object == '' and 'redis' or 'object',
   'stored_ms', int(now))

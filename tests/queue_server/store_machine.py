@@ -212,6 +212,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.submitted(submission, outcome)
 
     @rule(asked=st.lists(SUBMISSIONS, min_size=2, max_size=5), queue=QUEUES, client=CLIENTS)
+    def submit_some(self, asked: list[dict[str, Any]], queue: str, client: str) -> None:
+        self.submit_many(asked, queue, client)
+
     def submit_many(self, asked: list[dict[str, Any]], queue: str, client: str) -> None:
         submissions = [self.submission({**one, "queue": queue, "client": client}) for one in asked]
         for submission, outcome in zip(submissions, self.run(self.store.submit_many(submissions)), strict=True):
@@ -258,9 +261,18 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(WrongState):
                 self.run(self.store.retry(job.job_id))
 
-    @rule(queue=QUEUES, what=st.sampled_from(["pause", "resume", "resume", "resume", "purge"]))
-    def operate(self, queue: str, what: str) -> None:
-        getattr(self, what)(queue)
+    @rule(
+        queue=QUEUES,
+        whats=st.lists(st.sampled_from(["pause", "resume", "resume", "purge"]), min_size=1, max_size=3),
+        asked=st.lists(SUBMISSIONS, min_size=2, max_size=3),
+    )
+    def operate(self, queue: str, whats: list[str], asked: list[dict[str, Any]]) -> None:
+        """The operator's hand, and submissions in between."""
+        for what in whats:
+            getattr(self, what)(queue)
+            self.the_store_is_as_the_model()
+            if what == "pause":
+                self.submit_many(asked, queue, "ann")
 
     def pause(self, queue: str) -> None:
         self.run(self.queues.pause(queue))
@@ -422,9 +434,11 @@ class StoreMachine(RuleBasedStateMachine):
     # ---- what time and mishaps do
 
     @precondition(lambda self: self.jobs)
-    @rule(data=st.data(), what=st.sampled_from(MISHAPS))
-    def mishap(self, data: st.DataObject, what: str) -> None:
-        getattr(self, what)(data)
+    @rule(data=st.data(), whats=st.lists(st.sampled_from(MISHAPS), min_size=1, max_size=3))
+    def mishap(self, data: st.DataObject, whats: list[str]) -> None:
+        for what in whats:
+            getattr(self, what)(data)
+            self.the_store_is_as_the_model()
 
     def a_deadline_passes(self, data: st.DataObject) -> None:
         job = self.pick(data)

@@ -153,6 +153,10 @@ def test_only_what_a_power_loss_explains_may_be_lost() -> None:
     gone = {"j": Told((), None, "JOB_LOST")}
     verdict = judge({"r": promise(acknowledged_s=100.0)}, gone, right, cuts)
     assert (verdict.problems, verdict.lost_count, verdict.lost_reported_count) == ([], 1, 1)
+    # JOB_NOT_FOUND says less, and is all that can be said when the queue server, too, was killed
+    unknown = {"j": Told((), None, "JOB_NOT_FOUND")}
+    assert judge({"r": promise(acknowledged_s=100.0)}, unknown, right, cuts).problems
+    assert judge({"r": promise(acknowledged_s=100.0)}, unknown, right, cuts, [100.2]).problems == []
     for acknowledged_s in (99.0, 103.0):
         assert judge({"r": promise(acknowledged_s=acknowledged_s)}, gone, right, cuts).problems
 

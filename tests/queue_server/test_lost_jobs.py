@@ -35,7 +35,8 @@ class FrailRedis:
 
     @property
     def _log(self) -> Path:
-        (path,) = self.folder.glob("appendonlydir/*.incr.aof")
+        # Redis 6.2 has one file, later ones have a folder.
+        (path,) = [*self.folder.glob("appendonlydir/*.incr.aof"), *self.folder.glob("appendonly.aof")]
         return path
 
     def size_bytes(self) -> int:

@@ -23,7 +23,7 @@ from tests.queue_server.conftest import Front, detect, state, worker_environment
 from tests.queue_server.fake_vision import FakeVision, error
 from tests.queue_server.hook_receiver import SECRET, HookReceiver
 
-METRICS_DOC = ROOT / "docs" / "metrics.md"
+DOCS = ROOT / "docs" / "queue.md"
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
 
@@ -170,6 +170,13 @@ async def test_every_change_of_a_job_is_one_line(
             assert changes_of(job_id, *processes) == Counter(changes)
             for line in lines_of(job_id, *processes):
                 assert line["client_request_id"] and line["trace_id"] == TRACE_ID, line
+        # And every attempt that was begun is counted with its outcome, that of the killed worker too
+        counts = {
+            name.decode(): int(number) for name, number in redis_client.hgetall(keys.queue_counts("default")).items()
+        }
+        outcomes = {name.split(":")[2]: number for name, number in counts.items() if name.startswith("outcome:")}
+        assert outcomes == {"succeeded": 4, "failed": 1, "retried": 1, "cancelled": 1, "lost": 1}
+        assert counts["attempts:detect"] == sum(outcomes.values())
 
 
 async def test_a_trace_goes_from_the_submitter_to_the_vision_server(
@@ -228,13 +235,11 @@ async def test_depth_checks_and_metrics(
         }
         assert (await web.get("/queue/depth", params={"queue": "NO!"})).status_code == 400
         # As the docs have KEDA ask, to the letter
-        (block,) = re.findall(r"```yaml\n(apiVersion: keda.sh.*?)```", METRICS_DOC.read_text(), re.S)
+        (block,) = re.findall(r"```yaml\n(apiVersion: keda.sh.*?)```", DOCS.read_text(), re.S)
         (trigger,) = yaml.safe_load(block)["spec"]["triggers"]
         asked = await web.get(httpx.URL(trigger["metadata"]["url"]).raw_path.decode())
         assert trigger["type"] == "metrics-api"
-        assert (
-            asked.json()[trigger["metadata"]["valueLocation"]] == 2 > int(trigger["metadata"]["activationTargetValue"])
-        )
+        assert asked.json()[trigger["metadata"]["valueLocation"]] == 2 and int(trigger["metadata"]["targetValue"]) > 0
         # And a person reads that no worker is there, which makes nothing unready
         warned = await asyncio.to_thread(server.wait_for, "health check passes with a warning", check="workers")
         assert warned["level"] == "warning"

@@ -206,7 +206,7 @@ async def test_a_slow_receiver_and_an_endless_answer(redis_url: str, receiver: H
 async def test_a_receiver_that_hangs_does_not_hold_up_others(redis_url: str, receiver: HookReceiver) -> None:
     with HookReceiver() as hanging:
         hanging.delay_s = 0.6
-        hanging.always = (500, {})
+        hanging.always = (503, {})
         async with serve(hook_settings(redis_url, webhook_retry_s=5.0)) as front:
             jobs = [await front.submit(webhook=hook(hanging.url())) for _ in range(60)]
             jobs.append(await front.submit(webhook=hook(receiver.url())))
