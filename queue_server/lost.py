@@ -140,7 +140,9 @@ class LostJobs:
                 pipeline.exists(keys.job(job_id))
             there = await self._connection.ask(pipeline.execute())
             # One that was deleted meanwhile is no longer remembered.
-            gone += [job_id for job_id, found in zip(chunk, there, strict=True) if not found and job_id in self._accepted]
+            gone += [
+                job_id for job_id, found in zip(chunk, there, strict=True) if not found and job_id in self._accepted
+            ]
         for start in range(0, len(gone), CHUNK):
             await self._share(gone[start : start + CHUNK])
         for number, job_id in enumerate(gone):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
 
+from queue_server.connection import Connection
+from queue_server.lost import LostJobs
 from queue_server.metrics import JobMetrics
 from serving import telemetry
 from vision_server import metrics
@@ -35,7 +37,8 @@ def documented() -> dict[str, Told]:
 
 
 def exposed() -> dict[str, Told]:
-    collectors = [*telemetry.REGISTRY._collector_to_names, JobMetrics()]
+    lost = LostJobs(Connection("redis://nowhere", 1.0, {}), lambda _: None)
+    collectors = [*telemetry.REGISTRY._collector_to_names, JobMetrics(), lost._counter]
     found = {}
     for collector in collectors:
         if isinstance(collector, MetricWrapperBase):

@@ -132,7 +132,6 @@ def test_what_is_to_come_is_what_the_contract_says() -> None:
     told = "".join(re.findall(r"^\|(.+)\| to come", README, re.MULTILINE))
     protos = "".join(path.read_text("utf-8") for path in sorted((ROOT / "protos/ai4thai").rglob("*_service.proto")))
     methods = re.findall(r"Not served yet: UNIMPLEMENTED\.\n\s+rpc (\w+)", protos)
-    assert len(methods) > 5
     assert set(re.findall(r"\b(?:[A-Z][a-z]+){2,}\b", told)) - {"DetectOptions", "StreamConfig"} == set(methods)
     values = re.findall(r"Not served yet: UNIMPLEMENTED\.\n\s+(?:TRACKER|OVERFLOW)_(\w+) =", protos)
     assert set(re.findall(r"\b[A-Z]{2,}(?:_[A-Z]+)?\b", told)) - {"UNIMPLEMENTED"} == set(values)

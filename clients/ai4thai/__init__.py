@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ai4thai.async_queue_client import AsyncQueueClient
     from ai4thai.errors import (
         AI4ThaiError,
         AlreadyExists,
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
         Cancelled,
         DeadlineExceeded,
         InvalidInput,
+        JobLost,
         NotAllowed,
         NotFound,
         NotServedYet,
@@ -20,24 +22,27 @@ if TYPE_CHECKING:
         Unavailable,
         WrongMoment,
     )
-    from ai4thai.job_results import Job, JobState, Priority
+    from ai4thai.job_results import Job, JobState, Media, Priority
     from ai4thai.options import DetectOptions, Message, StreamOptions, SubmitOptions, TextOptions
-    from ai4thai.queue_client import AsyncQueueClient, QueueClient
+    from ai4thai.queue_client import QueueClient
     from ai4thai.results import Analysis, Answer, Box, Detection, DetectResult, FrameResult, StreamSummary
     from ai4thai.server_info import Health, ServerInfo
+    from ai4thai.submissions import Submission
     from ai4thai.vision_client import AsyncVisionClient, VisionClient
 
 # Loaded when first asked for: whoever imports only the stubs (ai4thai.vision.v1) doesn't load the clients.
 _HOMES = {
     "ai4thai.errors": (
-        "AI4ThaiError AlreadyExists Busy Cancelled DeadlineExceeded InvalidInput NotAllowed NotFound NotServedYet "
-        "ServerFault Unavailable WrongMoment"
+        "AI4ThaiError AlreadyExists Busy Cancelled DeadlineExceeded InvalidInput JobLost NotAllowed NotFound "
+        "NotServedYet ServerFault Unavailable WrongMoment"
     ),
-    "ai4thai.job_results": "Job JobState Priority",
+    "ai4thai.async_queue_client": "AsyncQueueClient",
+    "ai4thai.job_results": "Job JobState Media Priority",
     "ai4thai.options": "DetectOptions Message StreamOptions SubmitOptions TextOptions",
-    "ai4thai.queue_client": "AsyncQueueClient QueueClient",
+    "ai4thai.queue_client": "QueueClient",
     "ai4thai.results": "Analysis Answer Box DetectResult Detection FrameResult StreamSummary",
     "ai4thai.server_info": "Health ServerInfo",
+    "ai4thai.submissions": "Submission",
     "ai4thai.vision_client": "AsyncVisionClient VisionClient",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -60,7 +65,9 @@ __all__ = [
     "Health",
     "InvalidInput",
     "Job",
+    "JobLost",
     "JobState",
+    "Media",
     "Message",
     "NotAllowed",
     "NotFound",
@@ -71,6 +78,7 @@ __all__ = [
     "ServerInfo",
     "StreamOptions",
     "StreamSummary",
+    "Submission",
     "SubmitOptions",
     "TextOptions",
     "Unavailable",

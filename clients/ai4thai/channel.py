@@ -45,7 +45,17 @@ _SAFE_TO_REPEAT: Final = {
     "ai4thai.vision.v1.ModelService": ("ListModels", "GetModel"),
     "ai4thai.vision.v1.DeviceService": ("ListDevices",),
     "ai4thai.queue.v1.QueueService": (
-        *("SubmitJob", "GetJob", "ListJobs", "WatchJob", "CancelJob", "GetQueueStats", "ListWorkers"),
+        *(
+            "SubmitJob",
+            "BatchSubmitJobs",
+            "GetJob",
+            "ListJobs",
+            "WatchJob",
+            "CancelJob",
+            "GetQueueStats",
+            "ListWorkers",
+        ),
+        *("PauseQueue", "ResumeQueue"),
     ),
 }
 
@@ -73,6 +83,8 @@ _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    # What may be repeated is kept until the answer begins: gRPC's own 256 KiB would leave most images' calls without retries.
+    ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
     ("grpc.service_config_disable_resolution", 1),  # ours holds, whatever a DNS TXT record says
     # A peer that vanished silently is noticed within 80 s; no pings without a call, which servers don't forgive.
     ("grpc.keepalive_time_ms", 60_000),

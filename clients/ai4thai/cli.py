@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ai4thai import cli_bench, cli_chat, cli_jobs, cli_models, cli_servers, cli_up, cli_vision
+from ai4thai import (
+    cli_bench,
+    cli_chat,
+    cli_jobs,
+    cli_media,
+    cli_models,
+    cli_queue,
+    cli_servers,
+    cli_submit,
+    cli_up,
+    cli_vision,
+)
 from ai4thai.cli_output import out, print_error, print_note
 from ai4thai.errors import AI4ThaiError, Unavailable
 
@@ -59,15 +70,18 @@ app.command(rich_help_panel="Images")(cli_vision.stream)
 app.command(rich_help_panel="Images")(cli_vision.ask)
 app.command(rich_help_panel="Images")(cli_chat.chat)
 app.command(rich_help_panel="Images")(cli_vision.analyze)
-app.add_typer(cli_jobs.submit, name="submit", rich_help_panel="Jobs")
+app.add_typer(cli_submit.submit, name="submit", rich_help_panel="Jobs")
 app.command(rich_help_panel="Jobs")(cli_jobs.jobs)
 app.command(rich_help_panel="Jobs")(cli_jobs.watch)
 app.command(rich_help_panel="Jobs")(cli_jobs.cancel)
+app.command(rich_help_panel="Jobs")(cli_jobs.retry)
 app.command(rich_help_panel="Jobs")(cli_jobs.delete)
+app.add_typer(cli_media.media, name="media", rich_help_panel="Jobs")
 app.command(rich_help_panel="Servers")(cli_servers.health)
 app.command(rich_help_panel="Servers")(cli_servers.info)
 app.command(rich_help_panel="Servers")(cli_servers.devices)
-app.command(rich_help_panel="Servers")(cli_servers.stats)
+app.command(rich_help_panel="Servers")(cli_queue.stats)
+app.add_typer(cli_queue.queue, name="queue", rich_help_panel="Servers")
 app.add_typer(cli_models.models, name="models", rich_help_panel="Servers")
 app.command(rich_help_panel="Servers")(cli_bench.bench)
 

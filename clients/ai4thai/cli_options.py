@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -32,6 +34,10 @@ Image: TypeAlias = Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, P
 Images: TypeAlias = Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG, WebP, BMP, TIFF or GIF.")]
 Question: TypeAlias = Annotated[str, typer.Argument(metavar="QUESTION", help="In any language that the model speaks.")]
 JobId: TypeAlias = Annotated[str, typer.Argument(metavar="JOB_ID", help="As `submit` and `jobs` print it.")]
+Client: TypeAlias = Annotated[
+    str,
+    typer.Option(metavar="NAME", envvar="AI4THAI_CLIENT", help="Who submits; clients share the workers fairly."),
+]
 
 Detector: TypeAlias = Annotated[str, typer.Option("--model", help="The detector's name. \\[default: the server's]")]
 MinConfidence: TypeAlias = Annotated[
@@ -59,3 +65,22 @@ TopP: TypeAlias = Annotated[
     float | None, typer.Option(help="Only the likeliest tokens up to this probability. \\[default: 1]")
 ]
 Seed: TypeAlias = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)")
+_UNITS_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_moment(text: str) -> datetime:
+    """A moment as people write it: `90s`, `10m`, `2h`, `1d` from now, or ISO 8601, in this machine's time zone if it names none.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if found := _DURATION.fullmatch(text.strip()):
+        return datetime.now(UTC) + timedelta(seconds=float(found[1]) * _UNITS_S[found[2]])
+    try:
+        return datetime.fromisoformat(text.strip()).astimezone()
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is neither a time from now (90s, 10m, 2h, 1d) nor ISO 8601 (2027-01-31T18:00)."
+        ) from None

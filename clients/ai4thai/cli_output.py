@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from enum import Enum
 from typing import Any, Final
 
@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from ai4thai.errors import AI4ThaiError
-from ai4thai.job_results import AnalyzeJobResult, DetectJobResult, Job, JobState, Stats, Worker
 from ai4thai.results import Analysis, Answer, Detection, DetectResult
 from ai4thai.server_info import Device, Model, ModelState, Task
 
@@ -24,14 +23,6 @@ out: Final = Console(highlight=False, soft_wrap=False)
 """What was asked for."""
 err: Final = Console(stderr=True, highlight=False)
 """Progress, notes, errors: never mixed into what another program reads."""
-
-STATE_STYLE: Final = {
-    JobState.SUCCEEDED: "green",
-    JobState.FAILED: "red",
-    JobState.EXPIRED: "red",
-    JobState.CANCELLED: "yellow",
-    JobState.RUNNING: "cyan",
-}
 
 # All of C0 and C1 but tab and line feed.
 _CONTROL_CHARACTERS: Final = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
@@ -144,64 +135,6 @@ def print_answer_notes(answer: Answer) -> None:
     )
 
 
-def job_line(job: Job) -> str:
-    """A job in one line, with markup."""
-    style = STATE_STYLE.get(job.state, "white")
-    progress = ""
-    if job.progress.total_count:
-        progress = f"  {job.progress.completed_count}/{job.progress.total_count}"
-    attempt = f"  {_attempt(job)}" if job.attempt_count > 1 else ""
-    why = f"  {escape(str(job.error))}" if job.error else ""
-    return f"{job.job_id}  [{style}]{job.state.value:<9}[/]  {job.kind}{progress}{attempt}{why}"
-
-
-def _attempt(job: Job) -> str:
-    # Attempts that do not count (the model was loading, the worker was stopped) can carry the number past the limit.
-    limit = f" of {job.max_attempts}" if job.attempt_count <= job.max_attempts else ""
-    return f"attempt {job.attempt_count}{limit}"
-
-
-def print_jobs(jobs: Iterable[Job]) -> None:
-    """Jobs as a table; the last column says what is not as usual."""
-    table = plain_table("job", "state", "kind", "done", "age", "took", "notes")
-    table.columns[0].min_width = 32  # an id is of use only whole
-    for job in jobs:
-        done = f"{job.progress.completed_count}/{job.progress.total_count}" if job.progress.total_count else ""
-        age = _age(datetime.now(UTC) - job.create_time) if job.create_time else ""
-        took = f"{(job.end_time - job.create_time).total_seconds():.1f} s" if job.create_time and job.end_time else ""
-        state = f"[{STATE_STYLE.get(job.state, 'white')}]{job.state.value}[/]"
-        notes = [
-            f"queue {escape(job.queue)}" if job.queue != "default" else "",
-            _attempt(job) if job.attempt_count > 1 else "",
-            "cancel requested" if job.cancel_requested and not job.has_ended else "",
-            " ".join(f"{escape(key)}={escape(value)}" for key, value in job.labels.items()),
-        ]
-        table.add_row(job.job_id, state, job.kind, done, age, took, ", ".join(filter(None, notes)))
-    out.print(table)
-
-
-def print_job_result(job: Job) -> None:
-    """What a job brought, or why it brought nothing."""
-    if job.error is not None:
-        print_error(job.error)
-    match job.result:
-        case DetectJobResult(items=detected):
-            for number, found in enumerate(detected, start=1):
-                if found.detection is not None:
-                    print_detection(f"image {number}", found.detection)
-                else:
-                    print_error(f"image {number}: {found.error}")
-        case AnalyzeJobResult(items=analyzed):
-            for number, told in enumerate(analyzed, start=1):
-                if told.analysis is not None:
-                    print_analysis(f"image {number}", told.analysis)
-                else:
-                    print_error(f"image {number}: {told.error}")
-        case Answer() as answer:
-            out.print(escape(answer.text))
-            print_answer_notes(answer)
-
-
 def print_models(models: Iterable[Model]) -> None:
     """Models as a table; a star marks those that answer when a request names none."""
     table = plain_table("model", "task", "state", "runs on", "labels")
@@ -244,35 +177,3 @@ def devices_table(devices: Iterable[Device]) -> Table:
             escape(" ".join(filter(None, (device.name, device.mig_profile)))),
         )
     return table
-
-
-def print_stats(stats: Stats, workers: Iterable[Worker]) -> None:
-    """The queues' counts and the workers as two tables."""
-    table = plain_table("queue", "queued", "scheduled", "running", "failed", "oldest", "jobs/s", "p50", "p95")
-    for item in stats.queues:
-        table.add_row(
-            escape(item.queue) + (" (paused)" if item.paused else ""),
-            *(str(count) for count in (item.depth, item.scheduled, item.running, item.failed)),
-            _seconds(item.oldest_age_s),
-            f"{item.throughput_per_second:.2f}",
-            _seconds(item.latency_p50_s),
-            _seconds(item.latency_p95_s),
-        )
-    out.print(table if stats.queues else "no queue has had a job yet")
-    people = plain_table("worker", "at once", "ended", "jobs now")
-    for worker in workers:
-        jobs_now = ", ".join(worker.job_ids) or "–"
-        people.add_row(worker.worker, str(worker.concurrency), str(worker.ended_count), jobs_now)
-    out.print(people if stats.worker_count else "[yellow]no worker is alive: jobs wait[/]")
-
-
-def _age(age: timedelta) -> str:
-    seconds = age.total_seconds()
-    for size_s, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size_s:
-            return f"{seconds / size_s:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
-
-
-def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f} s"

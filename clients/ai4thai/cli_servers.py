@@ -1,4 +1,4 @@
-"""The commands that ask the servers about themselves: health, info, devices, stats."""
+"""The commands that ask the servers about themselves: health, info, devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ai4thai import queue_client, vision_client
 from ai4thai.cli_options import QUEUE, VISION, AsJson, QueueAddress, VisionAddress
-from ai4thai.cli_output import devices_table, out, print_devices, print_json, print_models, print_stats
+from ai4thai.cli_output import devices_table, out, print_devices, print_json, print_models
 from ai4thai.errors import AI4ThaiError
 from ai4thai.queue_client import QueueClient
 from ai4thai.server_info import Health
@@ -77,16 +77,6 @@ def devices(
             with Live(console=out, auto_refresh=False) as live:
                 for moment in client.watch_devices(interval):
                     live.update(devices_table(moment), refresh=True)
-
-
-def stats(json: AsJson = False, queue: QueueAddress = QUEUE) -> None:
-    """Counts the jobs of each queue, and lists the workers."""
-    with QueueClient(queue) as client:
-        counts, workers = client.stats(), client.workers()
-    if json:
-        print_json({"stats": counts, "workers": workers})
-    else:
-        print_stats(counts, workers)
 
 
 def _ask_health(client: VisionClient | QueueClient, service: str) -> tuple[str, str]:

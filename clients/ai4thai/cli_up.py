@@ -15,7 +15,8 @@ import typer
 from rich.markup import escape
 
 from ai4thai.cli_output import err, out, print_error
-from ai4thai.stack import PartEnded, Ports, PortTaken, Stack, default_data_dir
+from ai4thai.part import PartEnded
+from ai4thai.stack import Ports, PortTaken, Stack, default_data_dir
 
 _STYLES = {"broker": "magenta", "vision": "cyan", "queue": "green", "worker": "yellow"}
 
@@ -39,7 +40,7 @@ def up(
     ] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the processes log.")] = False,
 ) -> None:
-    """Starts broker, vision server, queue server and worker; Ctrl-C stops them in order."""
+    """Starts broker, vision server, queue server and worker, and again what dies; Ctrl-C stops them in order."""
     ports = Ports.free() if free_ports else Ports(vision_port, queue_port, redis_port)
     env = {} if "SERVING_LOG_FORMAT" in os.environ else {"SERVING_LOG_FORMAT": "console"}
     stack = Stack(ports, data_dir or default_data_dir(), host, redis_url, env)
@@ -58,7 +59,7 @@ def up(
 
 
 def run_stack(stack: Stack, *, verbose: bool) -> None:
-    """Starts the stack, tells how to use it, then waits until a process ends or someone interrupts."""
+    """Starts the stack, tells how to use it, then mends it until someone interrupts."""
     begun_s = time.monotonic()
     start_stack(stack)
     if verbose:
@@ -66,12 +67,15 @@ def run_stack(stack: Stack, *, verbose: bool) -> None:
     wait_until_ready(stack)
     _tell_ready(stack, time.monotonic() - begun_s)
     while True:
-        stack.check()
+        for part, news in stack.mend():
+            err.print(f"[{_STYLES[part.name]}]{part.name}[/] {news}. [dim]{escape(str(part.log))}[/]", soft_wrap=True)
         time.sleep(0.3)
 
 
 def demo(
-    save: Annotated[Path, typer.Option(help="Where the annotated picture goes (JPEG).")] = Path(".demo/annotated.jpg"),
+    save: Annotated[
+        Path, typer.Option(help="Where the annotated picture goes (JPEG); the clip goes beside it (MP4).")
+    ] = Path(".demo/annotated.jpg"),
 ) -> None:
     """Starts everything on free ports, shows what it can do, stops it again."""
     from ai4thai.demo import run_demo  # only this command needs it

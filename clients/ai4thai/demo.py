@@ -1,4 +1,4 @@
-"""Shows what the platform can do: pictures through a stream, a question in two languages, a job to its end."""
+"""Shows what the platform can do: pictures through a stream, a question in two languages, jobs over pictures and a video."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import Final
 
 from rich.markup import escape
 
-from ai4thai.cli_output import err, in_words, job_line, out, plain_table
+from ai4thai.cli_job_output import job_line, print_tracks
+from ai4thai.cli_output import err, in_words, out, plain_table
 from ai4thai.cli_up import start_stack, stop_stack, wait_until_ready
 from ai4thai.errors import ServerFault
 from ai4thai.frames import IMAGE_SUFFIXES
-from ai4thai.job_results import AnalyzeJobResult, Job, JobState
+from ai4thai.job_results import AnalyzeJobResult, Job, JobState, VideoJobResult
 from ai4thai.queue_client import QueueClient
 from ai4thai.stack import Ports, Stack
 from ai4thai.vision_client import VisionClient
 
 SAMPLES: Final = Path(__file__).parent / "samples"
+CLIP: Final = SAMPLES / "clip-01.mp4"
 QUESTIONS: Final = (("English", "What is in the picture?"), ("ไทย", "ในภาพมีอะไรบ้าง"))
 
 
@@ -43,6 +45,7 @@ def run_demo(save: Path) -> None:
             _show_stream(vision, samples)
             _show_questions(vision, samples[0])
             _show_job(queue, samples[:3])
+            _show_video(queue, save.with_name(f"{save.stem}.mp4"))
             _save_picture(vision, samples[0], save)
     except BaseException:
         stop_stack(stack)
@@ -119,6 +122,18 @@ def _show_job(queue: QueueClient, samples: list[Path]) -> None:
         labels = [found.label for found in item.analysis.detection.detections]
         table.add_row(sample.name, escape(item.analysis.text), in_words(labels))
     out.print(table)
+
+
+def _show_video(queue: QueueClient, save: Path) -> None:
+    _headline(f"A job: the objects of {CLIP.name}, followed")
+    job = queue.wait(queue.submit_video(CLIP, annotate=True).job_id, timeout_s=300)
+    result = job.outcome()
+    if not isinstance(result, VideoJobResult) or not result.tracks:
+        raise ServerFault("The demo's video job followed nothing.")
+    print_tracks(result)
+    save.parent.mkdir(parents=True, exist_ok=True)
+    queue.download(result.annotated_media_id, save)
+    out.print(f"  {save.resolve()}", soft_wrap=True)
 
 
 def _save_picture(vision: VisionClient, sample: Path, save: Path) -> None:

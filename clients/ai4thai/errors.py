@@ -3,6 +3,7 @@
     AI4ThaiError          code, reason, message, metadata, retry_after_s, field_violations, address, request_id
     ├── InvalidInput      INVALID_ARGUMENT, OUT_OF_RANGE       the request was wrong; .field_violations says where
     ├── NotFound          NOT_FOUND                            no such model, job or file
+    │   └── JobLost       NOT_FOUND, reason JOB_LOST           accepted, but Redis lost it: submit it again
     ├── AlreadyExists     ALREADY_EXISTS                       a request_id was used for something else
     ├── WrongMoment       FAILED_PRECONDITION                  not in this state
     ├── Busy              RESOURCE_EXHAUSTED                   full; .retry_after_s says when to come back
@@ -85,6 +86,10 @@ class NotFound(AI4ThaiError):
     """There is no such model, job or file."""
 
 
+class JobLost(NotFound):
+    """The job was accepted, but Redis came back from a restart without it; submit it again, with the same request_id."""
+
+
 class AlreadyExists(AI4ThaiError):
     """The request_id belongs to another request."""
 
@@ -136,6 +141,8 @@ _CLASSES: Final[Mapping[str, type[AI4ThaiError]]] = {
     "PERMISSION_DENIED": NotAllowed,
 }
 
+_BY_REASON: Final[Mapping[str, type[AI4ThaiError]]] = {"JOB_LOST": JobLost}
+
 _NAMES: Final = {int(code.value[0]): code.name for code in grpc.StatusCode}
 
 
@@ -170,7 +177,8 @@ def from_status(status: Status, address: str = "", request_id: str = "") -> AI4T
             detail.Unpack(info)
             detail.Unpack(bad)
             has_retry = detail.Unpack(retry) or has_retry
-    return _CLASSES.get(code, ServerFault)(
+    kind = _BY_REASON.get(info.reason) or _CLASSES.get(code, ServerFault)
+    return kind(
         status.message or f"The server answered {code}.",
         code=code,
         reason=info.reason,

@@ -94,13 +94,56 @@ class AnalyzeJobResult:
     items: tuple[AnalyzeItem, ...]
 
 
-JobResult: TypeAlias = DetectJobResult | AnalyzeJobResult | Answer
+@dataclass(frozen=True)
+class VideoTrack:
+    """One object that was followed through a video: its commonest label, and when it was seen, from the video's beginning."""
+
+    track_id: int
+    label: str
+    first_s: float
+    last_s: float
+    frame_count: int
+    max_confidence: float
+
+
+@dataclass(frozen=True)
+class VideoJobResult:
+    """Of a video job; what the ids name is fetched with `download`: JSON with all frames, and an MP4 if it was asked for.
+
+    `tracks` are in the order of their first frame, at most 1000 (the JSON has all); `annotated_media_id` may be empty.
+    """
+
+    tracks_media_id: str
+    annotated_media_id: str
+    frame_count: int
+    detected_frame_count: int
+    failed_frame_count: int
+    duration_s: float
+    width_px: int
+    height_px: int
+    tracks: tuple[VideoTrack, ...]
+
+
+JobResult: TypeAlias = DetectJobResult | AnalyzeJobResult | VideoJobResult | Answer
 """What a job brought; a generate job brings an Answer."""
 
 
 @dataclass(frozen=True)
+class WebhookDelivery:
+    """Where a job's end is told: `deliver_time` is None until a receiver took it, `error` unless the last try failed."""
+
+    url: str
+    attempt_count: int
+    deliver_time: datetime | None
+    error: AI4ThaiError | None
+
+
+@dataclass(frozen=True)
 class Job:
-    """A job as it stood at `revision`, which grows by one with every change."""
+    """A job as it stood at `revision`, which grows by one with every change.
+
+    `held`: it waits although a worker is free, because its queue is paused or its client has its share of the workers.
+    """
 
     job_id: str
     kind: str
@@ -120,6 +163,9 @@ class Job:
     expire_time: datetime | None = None
     revision: int = 0
     cancel_requested: bool = False
+    client: str = ""
+    held: bool = False
+    webhook: WebhookDelivery | None = None
     result: JobResult | None = None
     error: AI4ThaiError | None = None
 
@@ -150,8 +196,39 @@ class JobPage:
 
 
 @dataclass(frozen=True)
+class SubmitOutcome:
+    """What became of one of many submissions: a job (`created`: by this call, not an earlier one), or why not."""
+
+    job: Job | None = None
+    created: bool = False
+    error: AI4ThaiError | None = None
+
+
+@dataclass(frozen=True)
+class Media:
+    """A stored file: `media_id` is `sha256:` and the digest of its bytes; `expire_time` is None while a job needs it."""
+
+    media_id: str
+    size_bytes: int
+    content_type: str = ""
+    expire_time: datetime | None = None
+
+
+@dataclass(frozen=True)
+class ClientStats:
+    """How many jobs of one client wait in a queue; `client` is empty for those who did not say."""
+
+    client: str
+    waiting: int
+
+
+@dataclass(frozen=True)
 class QueueStats:
-    """The counts of one queue: `backlog` is depth + running; an age or latency is None without a job to measure."""
+    """The counts of one queue: `backlog` is depth + running; an age or latency is None without a job to measure.
+
+    `held` are those of depth that no worker may take now; `size_bytes` the work and files of jobs that have not ended;
+    `clients` those with jobs waiting, the most first, at most 20.
+    """
 
     queue: str
     depth: int
@@ -164,6 +241,9 @@ class QueueStats:
     latency_p50_s: float | None
     latency_p95_s: float | None
     paused: bool
+    held: int = 0
+    size_bytes: int = 0
+    clients: tuple[ClientStats, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TypedDict
 
 from ai4thai.image_input import ImageInput
+from ai4thai.job_results import Media
 from ai4thai.results import Role
 
 
@@ -70,14 +72,23 @@ class SubmitOptions(TypedDict, total=False):
     """`INTERACTIVE`, `STANDARD` (default) or `BATCH`."""
     delay_s: float
     """Not to be run before so many seconds have passed. Default 0."""
+    not_before: datetime | None
+    """Not to be run before; with a time zone. Instead of delay_s."""
     deadline_s: float | None
     """EXPIRED if it has not begun within so many seconds. Absent: none."""
+    deadline: datetime | None
+    """EXPIRED if it has not begun by then; with a time zone. Instead of deadline_s."""
     max_attempts: int
     """Attempts allowed, 1 to 20. 0: the server's default."""
     labels: dict[str, str]
     """The caller's own labels."""
     request_id: str
     """The caller's own name for the submission; the same name gives the same job. Empty: a random one."""
+    client: str
+    """Who submits, 1 to 64 of a-z A-Z 0-9 - _ . @; the clients of a queue share its workers fairly.
+    Empty: one client that all who say nothing share."""
+    webhook_url: str
+    """Where to tell the job's end. Empty: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,8 @@ class Message:
     """One turn of a conversation: `Message("user", [Path("photo.jpg"), "How many stars are there?"])`.
 
     `role` is `system`, `user` or `assistant`. Among the parts a `str` is always words; an image is a Path, bytes, an array or a
-    Pillow image. A single part needs no list.
+    Pillow image; in a job also a Media, a file stored before. A single part needs no list.
     """
 
     role: Role | str
-    parts: ImageInput | Sequence[ImageInput]
+    parts: ImageInput | Media | Sequence[ImageInput | Media]

@@ -1,55 +1,84 @@
-"""Writes the queue server's requests and reads its responses; protobuf goes no further."""
+"""Writes the queue server's requests; protobuf goes no further."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from ai4thai import job_results, wire
-from ai4thai.errors import from_status
-from ai4thai.image_input import ImageInput, read_file
+from ai4thai.media_input import JobFile, read_job_file
 from ai4thai.options import DetectOptions, Message, SubmitOptions, TextOptions
 from ai4thai.queue.v1 import job_pb2, queue_service_pb2, work_pb2
 
-# ---- requests
+# A work's files are left out at first, and put in when it is sent: until then they need not be in memory.
 
 
-def write_detect_work(images: Iterable[ImageInput], options: DetectOptions) -> work_pb2.Work:
-    """Work that finds the objects of images."""
+def write_detect_work(image_count: int, options: DetectOptions) -> work_pb2.Work:
+    """Work that finds the objects of images; their files are to be put in."""
     return work_pb2.Work(
-        detect=work_pb2.DetectWork(images=_write_images(images), options=wire.write_detect_options(options))
+        detect=work_pb2.DetectWork(images=_empty_sources(image_count), options=wire.write_detect_options(options))
     )
 
 
-def write_generate_work(messages: Iterable[Message], options: TextOptions) -> work_pb2.Work:
-    """Work that answers a conversation."""
-    return work_pb2.Work(
-        generate=work_pb2.GenerateWork(
-            model=options.get("model", ""),
-            messages=[_write_message(message) for message in messages],
-            options=wire.write_text_options(options),
-        )
-    )
+def write_generate_work(messages: Iterable[Message], options: TextOptions) -> tuple[work_pb2.Work, list[JobFile]]:
+    """Work that answers a conversation, and the files that are to be put in."""
+    files: list[JobFile] = []
+    work = work_pb2.GenerateWork(model=options.get("model", ""), options=wire.write_text_options(options))
+    for message in messages:
+        turn = work.messages.add(role=wire.write_role(message.role))
+        for part in wire.parts_of(message):
+            if isinstance(part, str):
+                turn.parts.add(text=part)
+            else:
+                turn.parts.add(image=work_pb2.MediaSource())
+                files.append(read_job_file(part))
+    return work_pb2.Work(generate=work), files
 
 
-def write_analyze_work(
-    images: Iterable[ImageInput], question: str, detect: DetectOptions, text: TextOptions
-) -> work_pb2.Work:
-    """Work that finds the objects of images and answers a question about each."""
+def write_analyze_work(image_count: int, question: str, detect: DetectOptions, text: TextOptions) -> work_pb2.Work:
+    """Work that finds the objects of images and answers a question about each; the files are to be put in."""
     return work_pb2.Work(
         analyze=work_pb2.AnalyzeWork(
-            images=_write_images(images),
+            images=_empty_sources(image_count),
             question=question,
             detect_options=wire.write_detect_options(detect),
             generate_options=wire.write_text_options(text),
             model=text.get("model", ""),
         )
     )
+
+
+def write_video_work(
+    detect: DetectOptions, stride: int, tracker: str, annotate: bool, max_frames: int
+) -> work_pb2.Work:
+    """Work that follows the objects of a video; its file is to be put in."""
+    return work_pb2.Work(
+        video=work_pb2.VideoWork(
+            video=work_pb2.MediaSource(),
+            options=wire.write_detect_options(detect),
+            stride=stride,
+            tracker=wire.write_tracker(tracker),
+            annotate=annotate,
+            max_frames=max_frames,
+        )
+    )
+
+
+def sources_of(work: work_pb2.Work) -> Iterator[work_pb2.MediaSource]:
+    """Where a work's files are, in their order."""
+    match work.WhichOneof("work"):
+        case "detect":
+            yield from work.detect.images
+        case "analyze":
+            yield from work.analyze.images
+        case "generate":
+            for message in work.generate.messages:
+                yield from (part.image for part in message.parts if part.HasField("image"))
+        case "video":
+            yield work.video.video
 
 
 def write_submit(work: work_pb2.Work, options: SubmitOptions) -> queue_service_pb2.SubmitJobRequest:
@@ -59,21 +88,29 @@ def write_submit(work: work_pb2.Work, options: SubmitOptions) -> queue_service_p
         raise TypeError(
             f"Unknown option {', '.join(unknown)}. There are: {', '.join(sorted(SubmitOptions.__optional_keys__))}."
         )
-    now, delay_s, deadline_s = datetime.now(UTC), options.get("delay_s", 0.0), options.get("deadline_s")
+    webhook_url = options.get("webhook_url", "")
     return queue_service_pb2.SubmitJobRequest(
         request_id=options.get("request_id") or uuid.uuid4().hex,
         queue=options.get("queue", ""),
         priority=_write_priority(options.get("priority", "")),
-        not_before_time=_write_time(now + timedelta(seconds=delay_s)) if delay_s else None,
-        deadline=_write_time(now + timedelta(seconds=deadline_s)) if deadline_s is not None else None,
+        not_before_time=_moment("not_before", options.get("not_before"), "delay_s", options.get("delay_s") or None),
+        deadline=_moment("deadline", options.get("deadline"), "deadline_s", options.get("deadline_s")),
         max_attempts=options.get("max_attempts", 0),
         labels=options.get("labels", {}),
         work=work,
+        client=options.get("client", ""),
+        webhook=queue_service_pb2.Webhook(url=webhook_url) if webhook_url else None,
     )
 
 
 def write_list(
-    states: Iterable[job_results.JobState | str], queue: str, kind: str, label: str, page_size: int, page_token: str
+    states: Iterable[job_results.JobState | str],
+    queue: str,
+    kind: str,
+    label: str,
+    client: str,
+    page_size: int,
+    page_token: str,
 ) -> queue_service_pb2.ListJobsRequest:
     """The request of ListJobs."""
     return queue_service_pb2.ListJobsRequest(
@@ -81,6 +118,7 @@ def write_list(
         queue=queue,
         kind=kind,
         label=label,
+        client=client,
         page_size=page_size,
         page_token=page_token,
     )
@@ -105,142 +143,19 @@ def _write_priority(priority: str) -> job_pb2.Priority.ValueType:
         raise ValueError(f"The priority {priority!r} is none of INTERACTIVE, STANDARD, BATCH.") from None
 
 
-def _write_images(images: Iterable[ImageInput]) -> list[work_pb2.MediaSource]:
-    if isinstance(images, str | bytes):  # one path would otherwise be read letter by letter
-        raise TypeError("images is a list of images; put the single one into a list.")
-    return [work_pb2.MediaSource(content=read_file(image)) for image in images]
+def _empty_sources(count: int) -> list[work_pb2.MediaSource]:
+    return [work_pb2.MediaSource() for _ in range(count)]
 
 
-def _write_message(message: Message) -> work_pb2.WorkMessage:
-    return work_pb2.WorkMessage(
-        role=wire.write_role(message.role),
-        parts=[
-            work_pb2.WorkMessagePart(text=part)
-            if isinstance(part, str)
-            else work_pb2.WorkMessagePart(image=work_pb2.MediaSource(content=read_file(part)))
-            for part in wire.parts_of(message)
-        ],
-    )
-
-
-def _write_time(moment: datetime) -> Timestamp:
+def _moment(name: str, moment: datetime | None, relative_name: str, relative_s: float | None) -> Timestamp | None:
+    if moment is not None and relative_s is not None:
+        raise ValueError(f"{name} and {relative_name} say the same thing twice; give one of them.")
+    if moment is None:
+        if relative_s is None:
+            return None
+        moment = datetime.now(UTC) + timedelta(seconds=relative_s)
+    elif moment.tzinfo is None:
+        raise ValueError(f"{name} has no time zone; write for example datetime.now(UTC) + timedelta(minutes=5).")
     timestamp = Timestamp()
     timestamp.FromDatetime(moment)
     return timestamp
-
-
-# ---- responses
-
-
-def read_job(job: job_pb2.Job) -> job_results.Job:
-    """A job as it stood."""
-    return job_results.Job(
-        job_id=job.job_id,
-        kind=job.kind,
-        state=job_results.JobState(job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_")),
-        queue=job.queue,
-        priority=job_results.Priority(job_pb2.Priority.Name(job.priority).removeprefix("PRIORITY_")),
-        labels=dict(job.labels),
-        progress=job_results.Progress(job.progress.completed_count, job.progress.total_count, job.progress.message),
-        attempt_count=job.attempt_count,
-        max_attempts=job.max_attempts,
-        attempts=tuple(_read_attempt(attempt) for attempt in job.attempts),
-        create_time=_read_time(job, "create_time"),
-        not_before_time=_read_time(job, "not_before_time"),
-        deadline=_read_time(job, "deadline"),
-        start_time=_read_time(job, "start_time"),
-        end_time=_read_time(job, "end_time"),
-        expire_time=_read_time(job, "expire_time"),
-        revision=job.revision,
-        cancel_requested=job.cancel_requested,
-        result=_read_result(job.result) if job.HasField("result") else None,
-        error=from_status(job.error) if job.HasField("error") else None,
-    )
-
-
-def read_page(response: queue_service_pb2.ListJobsResponse) -> job_results.JobPage:
-    """Some jobs."""
-    return job_results.JobPage(tuple(read_job(job) for job in response.jobs), response.next_page_token)
-
-
-def read_stats(response: queue_service_pb2.GetQueueStatsResponse) -> job_results.Stats:
-    """The counts of all queues."""
-    return job_results.Stats(
-        queues=tuple(
-            job_results.QueueStats(
-                queue=item.queue,
-                depth=item.depth,
-                scheduled=item.scheduled,
-                running=item.running,
-                failed=item.failed,
-                backlog=item.backlog,
-                oldest_age_s=_read_seconds(item, "oldest_age"),
-                throughput_per_second=item.throughput_per_second,
-                latency_p50_s=_read_seconds(item, "latency_p50"),
-                latency_p95_s=_read_seconds(item, "latency_p95"),
-                paused=item.paused,
-            )
-            for item in response.queues
-        ),
-        worker_count=response.worker_count,
-    )
-
-
-def read_worker(worker: queue_service_pb2.Worker) -> job_results.Worker:
-    """A worker."""
-    return job_results.Worker(
-        worker=worker.worker,
-        concurrency=worker.concurrency,
-        job_ids=tuple(worker.job_ids),
-        start_time=_read_time(worker, "start_time"),
-        seen_time=_read_time(worker, "seen_time"),
-        ended_count=worker.ended_count,
-    )
-
-
-def _read_attempt(attempt: job_pb2.JobAttempt) -> job_results.Attempt:
-    return job_results.Attempt(
-        number=attempt.number,
-        worker=attempt.worker,
-        start_time=_read_time(attempt, "start_time"),
-        end_time=_read_time(attempt, "end_time"),
-        error=from_status(attempt.error) if attempt.HasField("error") else None,
-    )
-
-
-def _read_result(result: work_pb2.JobResult) -> job_results.JobResult | None:
-    match result.WhichOneof("result"):
-        case "detect":
-            return job_results.DetectJobResult(tuple(_read_detect_item(item) for item in result.detect.items))
-        case "analyze":
-            return job_results.AnalyzeJobResult(tuple(_read_analyze_item(item) for item in result.analyze.items))
-        case "generate":
-            return wire.read_answer(result.generate.summary)
-        case _:  # a kind that this client doesn't know yet
-            return None
-
-
-def _read_detect_item(item: work_pb2.DetectResultItem) -> job_results.DetectItem:
-    if item.HasField("error"):
-        return job_results.DetectItem(error=from_status(item.error))
-    return job_results.DetectItem(detection=wire.read_detect(item.detection))
-
-
-def _read_analyze_item(item: work_pb2.AnalyzeResultItem) -> job_results.AnalyzeItem:
-    if item.HasField("error"):
-        return job_results.AnalyzeItem(error=from_status(item.error))
-    return job_results.AnalyzeItem(analysis=wire.read_analyze(item.analysis))
-
-
-def _read_time(message: ProtoMessage, name: str) -> datetime | None:
-    if not message.HasField(name):
-        return None
-    timestamp: Timestamp = getattr(message, name)
-    return timestamp.ToDatetime(tzinfo=UTC)
-
-
-def _read_seconds(message: ProtoMessage, name: str) -> float | None:
-    if not message.HasField(name):
-        return None
-    duration: Duration = getattr(message, name)
-    return duration.ToMilliseconds() / 1000

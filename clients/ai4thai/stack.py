@@ -5,7 +5,6 @@ The order is the order of need: what comes later needs what comes earlier, so it
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -20,8 +19,14 @@ from typing import Any, Final, Self
 
 import httpx
 
+from ai4thai.part import Part, PartEnded
+
 STOP_S: Final = 45.0
 """How long a process may drain (the servers allow themselves 30 s) before it is killed."""
+STEADY_S: Final = 60.0
+"""A process that has run this long is well: if it ends, it is as if for the first time."""
+MAX_RESTARTS: Final = 5
+"""A process that ends so often without having been well is given up."""
 
 
 @dataclass(frozen=True)
@@ -38,39 +43,6 @@ class Ports:
         with ExitStack() as held:  # all three held at once, so that they differ
             sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
             return cls(*(int(held_socket.getsockname()[1]) for held_socket in sockets))
-
-
-@dataclass
-class Part:
-    """One child process."""
-
-    name: str
-    command: list[str]
-    env: Mapping[str, str]
-    log: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def exit_code(self) -> int | None:
-        """None while it runs, and before it has been started."""
-        return self.process.poll() if self.process else None
-
-    def log_tail(self, lines: int = 15) -> str:
-        """The last lines that it wrote."""
-        try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-        except OSError:
-            return ""
-
-
-class PartEnded(Exception):
-    """A process of the stack has ended by itself."""
-
-    def __init__(self, part: Part) -> None:
-        code = part.exit_code
-        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
-        super().__init__(f"{part.name} {how}. Its last words ({part.log}):\n{part.log_tail()}")
-        self.part = part
 
 
 class PortTaken(Exception):
@@ -93,6 +65,8 @@ class Stack:
     redis_url: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
+    restart_s: float = 1.0
+    """How long a process that has ended waits to be started again; doubled each time until it is well."""
 
     @property
     def vision_address(self) -> str:
@@ -161,6 +135,30 @@ class Stack:
             if part.exit_code is not None:
                 raise PartEnded(part)
 
+    def mend(self) -> Iterator[tuple[Part, str]]:
+        """Starts processes again that have ended, after 1 s, 2 s, 4 s …; yields what is to be told. To be called now and then.
+
+        Whichever it was, the others go on meanwhile: jobs are kept, workers wait for the vision server, callers try again.
+
+        Raises:
+            PartEnded: a process ends again and again.
+        """
+        now_s = time.monotonic()
+        for part in self.parts:
+            if part.exit_code is None:
+                continue
+            if part.restart_at_s is None:
+                if now_s - part.started_s > STEADY_S:
+                    part.restarts = 0
+                if part.restarts == MAX_RESTARTS:
+                    raise PartEnded(part)
+                delay_s = self.restart_s * 2.0**part.restarts
+                part.restarts, part.restart_at_s = part.restarts + 1, now_s + delay_s
+                yield part, f"{part.end}; it is started again in {delay_s:g} s"
+            elif now_s >= part.restart_at_s:
+                part.spawn()
+                yield part, "was started again"
+
     def stop(self, told: Callable[[str], None] = lambda name: None) -> list[Part]:
         """Stops the processes one after the other, the last started first; each may drain for STOP_S.
 
@@ -199,17 +197,8 @@ class Stack:
     def _spawn(self, name: str, module: str) -> Part:
         log = self.log_dir / f"{name}.log"
         part = Part(name, [sys.executable, "-m", module], {**os.environ, **self._settings(), **self.env}, log)
-        with log.open("wb") as output:
-            part.process = subprocess.Popen(
-                part.command,
-                env=dict(part.env),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # A group of its own: the terminal's Ctrl-C reaches us alone, who stop all in order.
-                start_new_session=True,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            )
+        part.keep_earlier_logs()
+        part.spawn()
         self.parts.append(part)
         return part
 
@@ -221,6 +210,9 @@ class Stack:
             "QUEUE_VISION_ADDRESS": self.vision_address,
             "REDIS_PORT": str(self.ports.redis),
             "REDIS_URL": self.redis_url or f"redis://127.0.0.1:{self.ports.redis}/0",
+            # A folder is better than the broker's memory. Not with a Redis that may be shared with other machines: they lack it.
+            "QUEUE_MEDIA_URL": os.environ.get("QUEUE_MEDIA_URL")
+            or ("" if self.redis_url else (self.data_dir.resolve() / "media").as_uri()),
             "SERVING_HOST": self.host,
             "PYTHONUNBUFFERED": "1",
         }
@@ -271,9 +263,3 @@ def _safely(probe: Callable[[httpx.Client], str], http: httpx.Client) -> str:
         return probe(http)
     except (httpx.HTTPError, ValueError, KeyError):
         return "starting"
-
-
-def _end_with_parent() -> None:
-    # Even a killed parent leaves nothing running (Linux: PR_SET_PDEATHSIG). Runs between fork and exec, before any thread of
-    # ours exists: the stack is started before the progress display is, and no gRPC is used here.
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

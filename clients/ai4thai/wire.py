@@ -8,6 +8,7 @@ from typing import Any, cast
 from ai4thai import results, server_info
 from ai4thai.errors import from_status
 from ai4thai.image_input import FileImage, ImageInput, read_image
+from ai4thai.job_results import Media
 from ai4thai.options import DetectOptions, Message, StreamOptions, TextOptions
 from ai4thai.vision.v1 import (
     detection_pb2,
@@ -77,7 +78,7 @@ def write_stream_config(options: StreamOptions) -> vision_service_pb2.DetectStre
     config = vision_service_pb2.StreamConfig(
         options=write_detect_options(cast(DetectOptions, of_each)),
         max_in_flight=options.get("max_in_flight", 0),
-        tracker=_number(vision_service_pb2.Tracker, "tracker", "TRACKER_", options.get("tracker", "")),
+        tracker=write_tracker(options.get("tracker", "")),
         overflow=_number(vision_service_pb2.Overflow, "overflow", "OVERFLOW_", options.get("overflow", "")),
         priority=write_priority(options.get("priority", "")),
     )
@@ -137,8 +138,19 @@ def write_watch_devices(interval_s: float) -> device_service_pb2.WatchDevicesReq
     return request
 
 
-def parts_of(message: Message) -> Sequence[ImageInput]:
-    """A message's parts as a list, a single one too."""
+def write_tracker(word: str) -> vision_service_pb2.Tracker.ValueType:
+    """A tracker's number; nothing is the server's default.
+
+    Raises:
+        ValueError: no such tracker.
+    """
+    return cast(
+        "vision_service_pb2.Tracker.ValueType", _number(vision_service_pb2.Tracker, "tracker", "TRACKER_", word)
+    )
+
+
+def parts_of(message: Message) -> Sequence[ImageInput | Media]:
+    """A message's parts as a list, a single one too; among them a `str` is words."""
     return message.parts if isinstance(message.parts, list | tuple) else [message.parts]  # type: ignore[list-item]
 
 
@@ -157,13 +169,16 @@ def write_role(role: str) -> generation_pb2.Role.ValueType:
 def _write_message(message: Message) -> generation_pb2.Message:
     return generation_pb2.Message(
         role=write_role(message.role),
-        parts=[
-            generation_pb2.MessagePart(text=part)
-            if isinstance(part, str)
-            else generation_pb2.MessagePart(image=write_image(part))
-            for part in parts_of(message)
-        ],
+        parts=[_write_part(part) for part in parts_of(message)],
     )
+
+
+def _write_part(part: ImageInput | Media) -> generation_pb2.MessagePart:
+    if isinstance(part, str):
+        return generation_pb2.MessagePart(text=part)
+    if isinstance(part, Media):
+        raise TypeError("A file that the queue server stores can be asked about in a job only: submit_generate.")
+    return generation_pb2.MessagePart(image=write_image(part))
 
 
 def _number(enum: Any, kind: str, prefix: str, word: str) -> Any:

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from ai4thai.queue.v1 import job_pb2, queue_service_pb2, queue_service_pb2_grpc, work_pb2
@@ -27,6 +27,7 @@ from grpc_status import rpc_status
 
 from serving.errors import Code, ServiceError
 from serving.status import to_status
+from tests.clients.fake_media import FakeMedia
 
 BROKEN = b"this is no image"
 UNREADABLE = ServiceError(
@@ -53,10 +54,14 @@ class Script:
         if waiting:
             failure = waiting.popleft()
             if isinstance(failure, ServiceError):
-                status = rpc_status.to_status(to_status(failure, self._domain))
-                trailers = (*status.trailing_metadata, ("x-request-id", "call-7"))
-                context.abort_with_status(status._replace(trailing_metadata=trailers))  # type: ignore[attr-defined]
+                self.refuse(context, failure)
             context.abort(failure, "said plainly")
+
+    def refuse(self, context: Any, error: ServiceError) -> NoReturn:
+        status = rpc_status.to_status(to_status(error, self._domain))
+        trailers = (*status.trailing_metadata, ("x-request-id", "call-7"))
+        context.abort_with_status(status._replace(trailing_metadata=trailers))
+        raise AssertionError("abort raises")
 
 
 def detection(name: str = "star") -> vision_service_pb2.DetectResponse:
@@ -177,18 +182,35 @@ def _model() -> model_service_pb2.Model:
     )
 
 
-class FakeQueue(queue_service_pb2_grpc.QueueServiceServicer):
+class FakeQueue(FakeMedia, queue_service_pb2_grpc.QueueServiceServicer):
     """Keeps jobs that run as soon as they are watched: QUEUED, RUNNING, SUCCEEDED; one named `slow…` keeps running."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.script = Script("queue.ai4thai")
         self.jobs: dict[str, job_pb2.Job] = {}
         self.by_request: dict[str, str] = {}
+        self.batch_sizes: list[int] = []
+        self.paused: set[str] = set()
         self.lose_after_store = 0  # so many submissions are stored, but their answer is lost
         self.break_watch_at: deque[int] = deque()  # a watch breaks off after having sent this revision
 
     def SubmitJob(self, request: Any, context: Any) -> queue_service_pb2.SubmitJobResponse:
         self.script.begin("SubmitJob", request, context)
+        return self._submit(request, context)
+
+    def BatchSubmitJobs(self, request: Any, context: Any) -> queue_service_pb2.BatchSubmitJobsResponse:
+        self.script.begin("BatchSubmitJobs", request, context)
+        self.batch_sizes.append(len(request.requests))
+        items = [
+            queue_service_pb2.BatchSubmitJobsItem(error=to_status(UNREADABLE, "queue.ai4thai"))
+            if one.labels.get("refuse")
+            else queue_service_pb2.BatchSubmitJobsItem(accepted=self._submit(one, context))
+            for one in request.requests
+        ]
+        return queue_service_pb2.BatchSubmitJobsResponse(items=items)
+
+    def _submit(self, request: Any, context: Any) -> queue_service_pb2.SubmitJobResponse:
         known = self.by_request.get(request.request_id)
         if known is None:
             name = "slow" if request.labels.get("pace") == "slow" else "job"
@@ -199,6 +221,8 @@ class FakeQueue(queue_service_pb2_grpc.QueueServiceServicer):
                 state=job_pb2.JOB_STATE_QUEUED,
                 queue=request.queue or "default",
                 labels=request.labels,
+                client=request.client,
+                held=(request.queue or "default") in self.paused,
                 revision=1,
                 max_attempts=3,
             )
@@ -215,8 +239,14 @@ class FakeQueue(queue_service_pb2_grpc.QueueServiceServicer):
 
     def ListJobs(self, request: Any, context: Any) -> queue_service_pb2.ListJobsResponse:
         self.script.begin("ListJobs", request, context)
-        jobs = [job for job in self.jobs.values() if not request.states or job.state in request.states]
-        return queue_service_pb2.ListJobsResponse(jobs=jobs[::-1])
+        jobs = [
+            job
+            for job in reversed(self.jobs.values())
+            if (not request.states or job.state in request.states) and request.client in ("", job.client)
+        ]
+        begin, size = int(request.page_token or 0), request.page_size or 50
+        more = str(begin + size) if begin + size < len(jobs) else ""
+        return queue_service_pb2.ListJobsResponse(jobs=jobs[begin : begin + size], next_page_token=more)
 
     def WatchJob(self, request: Any, context: Any) -> Iterator[queue_service_pb2.WatchJobResponse]:
         self.script.begin("WatchJob", request, context)
@@ -242,6 +272,31 @@ class FakeQueue(queue_service_pb2_grpc.QueueServiceServicer):
         job.revision += 1
         return queue_service_pb2.CancelJobResponse(job=job)
 
+    def RetryJob(self, request: Any, context: Any) -> queue_service_pb2.RetryJobResponse:
+        self.script.begin("RetryJob", request, context)
+        job = self._job(request.job_id, context)
+        if job.state != job_pb2.JOB_STATE_CANCELLED:
+            self.script.refuse(context, ServiceError(Code.FAILED_PRECONDITION, "WRONG_STATE", "The job has succeeded."))
+        job.state = job_pb2.JOB_STATE_QUEUED
+        return queue_service_pb2.RetryJobResponse(job=job)
+
+    def PauseQueue(self, request: Any, context: Any) -> queue_service_pb2.PauseQueueResponse:
+        self.script.begin("PauseQueue", request, context)
+        self.paused.add(request.queue)
+        return queue_service_pb2.PauseQueueResponse()
+
+    def ResumeQueue(self, request: Any, context: Any) -> queue_service_pb2.ResumeQueueResponse:
+        self.script.begin("ResumeQueue", request, context)
+        self.paused.discard(request.queue)
+        return queue_service_pb2.ResumeQueueResponse()
+
+    def PurgeQueue(self, request: Any, context: Any) -> queue_service_pb2.PurgeQueueResponse:
+        self.script.begin("PurgeQueue", request, context)
+        waiting = [job for job in self.jobs.values() if job.state == job_pb2.JOB_STATE_QUEUED]
+        for job in waiting:
+            job.state = job_pb2.JOB_STATE_CANCELLED
+        return queue_service_pb2.PurgeQueueResponse(cancelled_count=len(waiting))
+
     def DeleteJob(self, request: Any, context: Any) -> queue_service_pb2.DeleteJobResponse:
         self.script.begin("DeleteJob", request, context)
         del self.jobs[self._job(request.job_id, context).job_id]
@@ -250,7 +305,18 @@ class FakeQueue(queue_service_pb2_grpc.QueueServiceServicer):
     def GetQueueStats(self, request: Any, context: Any) -> queue_service_pb2.GetQueueStatsResponse:
         self.script.begin("GetQueueStats", request, context)
         return queue_service_pb2.GetQueueStatsResponse(
-            queues=[queue_service_pb2.QueueStats(queue="default", depth=2, backlog=2)], worker_count=1
+            queues=[
+                queue_service_pb2.QueueStats(
+                    queue="default",
+                    depth=2,
+                    backlog=2,
+                    held=1,
+                    size_bytes=3_000_000,
+                    paused="default" in self.paused,
+                    clients=[queue_service_pb2.ClientStats(client="team-a", waiting=2)],
+                )
+            ],
+            worker_count=1,
         )
 
     def ListWorkers(self, request: Any, context: Any) -> queue_service_pb2.ListWorkersResponse:
@@ -276,7 +342,32 @@ class FakeQueue(queue_service_pb2_grpc.QueueServiceServicer):
             job.attempt_count = 1
         if revision == 4:
             job.state = job_pb2.JOB_STATE_SUCCEEDED
-            job.result.CopyFrom(_result(job.kind))
+            if job.kind == "video":
+                job.result.video.CopyFrom(self._video_result())
+            else:
+                job.result.CopyFrom(_result(job.kind))
+
+    def _video_result(self) -> work_pb2.VideoResult:
+        return work_pb2.VideoResult(
+            tracks_media_id=self.keep(b'{"frames": []}', "application/json"),
+            annotated_media_id=self.keep(b"an MP4" * 100_000, "video/mp4"),
+            frame_count=90,
+            detected_frame_count=30,
+            failed_frame_count=1,
+            duration=Duration(seconds=3),
+            width_px=640,
+            height_px=360,
+            tracks=[
+                work_pb2.VideoTrack(
+                    track_id=1,
+                    label="ดาว",
+                    first_time=Duration(nanos=500_000_000),
+                    last_time=Duration(seconds=2),
+                    frame_count=15,
+                    max_confidence=0.9,
+                )
+            ],
+        )
 
 
 def _result(kind: str) -> work_pb2.JobResult:

@@ -34,6 +34,7 @@ def test_the_demo_shows_everything_and_leaves_nothing_running(tmp_path: Path) ->
     assert "SUCCEEDED" in printed
     assert (tmp_path / "shown" / "picture.jpg").read_bytes().startswith(b"\xff\xd8")
     assert str(tmp_path / "shown" / "picture.jpg") in printed
+    assert b"ftyp" in (tmp_path / "shown" / "picture.mp4").read_bytes()[:16] and "45 frames" in printed
     assert "ai4thai up" in printed and "All of it worked" in printed
     # torch leaves an empty cache folder behind; of ours there is nothing.
     assert [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor_")] == []

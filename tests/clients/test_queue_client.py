@@ -174,9 +174,11 @@ def test_a_watch_gives_up_after_a_minute_without_a_server() -> None:
     error = Unavailable("away")
     delays = []
     while clock.now_s < 159:
+        watch.request()
         delays.append(watch.delay_after(error))
         clock.now_s += delays[-1]
     clock.now_s = 161
+    watch.request()
 
     assert max(delays) < 6.1 and delays[0] < 0.3
     with pytest.raises(Unavailable, match="away"):
@@ -202,7 +204,38 @@ def test_an_error_that_waiting_does_not_cure_ends_a_watch() -> None:
         watch = Watch("job-1", clock=clock)
         watch.delay_after(None)
         clock.now_s += 61
+        watch.request()
         watch.delay_after(None)
+
+
+def test_a_watch_that_was_well_for_hours_has_its_whole_patience_when_it_breaks() -> None:
+    # Given a job that waits for hours, so that nothing is sent, and a server that is restarted twice meanwhile
+    clock = Clock()
+    watch = Watch("job-1", clock=clock)
+    for _ in range(2):
+        watch.request()
+        clock.now_s += 3600
+        assert watch.delay_after(Unavailable("restarted")) < 1
+
+
+def test_the_end_is_told_also_to_one_who_asks_from_its_revision() -> None:
+    watch = Watch("job-1", after_revision=4)
+    ended = job_pb2.Job(job_id="job-1", revision=4, state=job_pb2.JOB_STATE_SUCCEEDED)
+    assert watch.take(queue_service_pb2.WatchJobResponse(job=ended, revision=4)) and watch.has_ended
+
+
+def test_a_job_that_was_set_back_is_told_from_there() -> None:
+    def news(revision: int) -> queue_service_pb2.WatchJobResponse:
+        return queue_service_pb2.WatchJobResponse(job=job_pb2.Job(job_id="job-1", revision=revision), revision=revision)
+
+    watch = Watch("job-1")
+    taken = [watch.take(news(revision)) for revision in (4, 4, 2, 3)]
+    assert [job and job.revision for job in taken] == [4, None, 2, 3]
+    assert watch.delay_after(InvalidInput("later than the job's", reason="REVISION_OUT_OF_RANGE")) < 1
+    assert watch.request().after_revision == 0
+
+    with pytest.raises(InvalidInput):
+        Watch("job-1", after_revision=9).delay_after(InvalidInput("later", reason="REVISION_OUT_OF_RANGE"))
 
 
 def test_leaving_a_watch_leaves_no_call_behind(queue: QueueClient, fake_queue: FakeQueue, image: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ai4thai import QueueClient, VisionClient
+from ai4thai import Health, QueueClient, Unavailable, VisionClient
+from ai4thai.part import Part, PartEnded
 from ai4thai.stack import Ports, Stack
 
 from tests.clients.fake_servers import FakeServer, FakeVision
@@ -137,15 +138,78 @@ def test_sigterm_does_the_same(start: Start) -> None:
         assert up.process.wait(60) == 0, up.text
 
 
-@pytest.mark.parametrize("victim", ["queue_server.worker", "vision_server"])
-def test_a_process_that_dies_stops_the_rest(start: Start, victim: str) -> None:
+def is_whole(client: QueueClient) -> bool:
+    try:
+        return client.health("ai4thai.queue.v1.QueueService") is Health.SERVING and len(client.workers()) > 0
+    except Unavailable:
+        return False
+
+
+def test_processes_that_die_are_started_again(start: Start, tmp_path: Path) -> None:
+    """Jobs that were accepted before are there after."""
     up = start("--free-ports")
-    up.wait_for("Ctrl-C stops everything")
+    printed = up.wait_for("Ctrl-C stops everything")
+    before = up.children()
+    with QueueClient(re.findall(r"AI4THAI_QUEUE_ADDRESS=(\S+)", printed)[0]) as client:
+        job = client.submit_detect([b"image"], delay_s=600, request_id="before")
+        media = client.upload(b"large" * 600_000)
+        assert [path.stat().st_size for path in (tmp_path / "data" / "media").rglob("*") if path.is_file()] == [
+            3_000_000
+        ]
+        for victim in before.values():
+            victim.kill()
+        for name in ("broker", "vision", "queue", "worker"):
+            assert f"{name} was killed by SIGKILL; it is started again in 1 s." in up.wait_for(
+                f"{name} was started again"
+            )
+        until_s = time.monotonic() + 30
+        while not is_whole(client):
+            assert time.monotonic() < until_s
+            time.sleep(0.1)
+        assert client.get(job.job_id).state == "SCHEDULED"
+        assert client.download(media.media_id, tmp_path / "copy").size_bytes == 3_000_000
+    after = up.children()
+    assert set(after) == set(before) and not {child.pid for child in after.values()} & {
+        child.pid for child in before.values()
+    }
+    log = (tmp_path / "data" / "logs" / "queue.log").read_text()
+    assert log.count("listening") == 2  # what it wrote before is kept
+
     with nothing_left_of(up):
-        up.children()[victim].kill()
-        assert up.process.wait(60) == 1
-    name = "worker" if "worker" in victim else "vision"
-    assert f"Error: {name} was killed by SIGKILL" in up.text and "Traceback" not in up.text
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(60) == 0, up.text
+
+
+def test_a_process_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
+    part = Part("vision", [sys.executable, "-c", "raise SystemExit('no such GPU')"], {}, tmp_path / "vision.log")
+    part.spawn()
+    stack = Stack(Ports(), tmp_path, parts=[part], restart_s=0.01)
+    told: list[str] = []
+
+    with pytest.raises(PartEnded, match=r"vision ended with 1.*\n.*no such GPU"):
+        while True:
+            told += [news for _, news in stack.mend()]
+            time.sleep(0.01)
+
+    assert told[:2] == ["ended with 1; it is started again in 0.01 s", "was started again"]
+    assert len(told) == 10 and "again in 0.16 s" in told[8]
+
+
+def test_logs_of_earlier_runs_are_kept(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    part = Part("worker", [sys.executable, "-c", "print('said')"], {}, log)
+    for run in range(5):
+        log.write_text(f"run {run}")
+        part.keep_earlier_logs()
+    part.spawn()
+    assert part.process is not None and part.process.wait(20) == 0
+    logs = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert logs == {
+        "worker.log": "said\n",
+        "worker.log.1": "run 4",
+        "worker.log.2": "run 3",
+        "worker.log.3": "run 2",
+    }
 
 
 def test_nothing_outlives_a_killed_up(start: Start) -> None:

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 import ai4thai
 import pytest
-from ai4thai import job_results, options, queue_wire, results, server_info, wire
+from ai4thai import job_results, options, queue_answers, results, server_info, wire
 from ai4thai.queue.v1 import job_pb2
 from ai4thai.results import Detection, DetectResult
 from ai4thai.vision.v1 import detection_pb2, generation_pb2, model_service_pb2, vision_service_pb2
@@ -168,7 +168,7 @@ def test_times_are_in_utc_to_the_millisecond(seconds: int, millis: int) -> None:
     job = job_pb2.Job(job_id="job-1", state=job_pb2.JOB_STATE_RUNNING)
     job.create_time.FromMilliseconds(seconds * 1000 + millis)
 
-    read = queue_wire.read_job(job)
+    read = queue_answers.read_job(job)
 
     assert read.create_time is not None and read.create_time.utcoffset() is not None
     assert round(read.create_time.timestamp() * 1000) == seconds * 1000 + millis
@@ -176,10 +176,8 @@ def test_times_are_in_utc_to_the_millisecond(seconds: int, millis: int) -> None:
 
 
 def test_a_result_of_a_kind_not_known_yet_is_none() -> None:
-    job = json_format.ParseDict(
-        {"job_id": "job-1", "state": "JOB_STATE_SUCCEEDED", "result": {"video": {}}}, job_pb2.Job()
-    )
-    assert queue_wire.read_job(job).result is None
+    job = json_format.ParseDict({"job_id": "job-1", "state": "JOB_STATE_SUCCEEDED", "result": {}}, job_pb2.Job())
+    assert queue_answers.read_job(job).result is None
 
 
 def test_what_the_package_exports_is_there() -> None:

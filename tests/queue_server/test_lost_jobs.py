@@ -151,10 +151,13 @@ async def test_a_watcher_of_a_job_that_was_set_back_sees_its_end(frail: FrailRed
             for number in range(5):
                 client.eval(
                     "redis.call('HINCRBY', KEYS[1], 'rev', 1)"
-                    "redis.call('RPUSH', KEYS[1] .. ':ev', cjson.encode({msg = 'x', rev = ARGV[1]}))",
-                    1,
+                    "redis.call('RPUSH', KEYS[1] .. ':ev', cjson.encode({msg = 'x', rev = ARGV[1]}))"
+                    "redis.call('XADD', KEYS[2], '*', 'j', ARGV[2])",
+                    2,
                     keys.job(job.job_id),
+                    keys.DOOR,
                     number + 2,
+                    job.job_id,
                 )
         for _ in range(5):
             assert (await anext(watch)).revision > 1

@@ -1,10 +1,12 @@
-"""Draws the sample pictures that the demo client ships."""
+"""Draws the sample pictures and the sample clip that the demo client ships."""
 
 import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -14,6 +16,7 @@ from vision_server.shapes.scenes import DESCRIBER_STYLE, Shape, draw_scene
 
 SAMPLES = Path(__file__).parents[2] / "clients" / "ai4thai" / "samples"
 MAX_BYTES = 60_000
+CLIP_SEED = 5003
 JPEG_QUALITY = 88
 
 
@@ -88,12 +91,27 @@ def save(image: Image.Image, path: Path) -> None:
         raise ValueError(f"{path.name} is {size} bytes; the limit is {MAX_BYTES}. Choose another seed or size.")
 
 
+def write_clip(path: Path) -> None:
+    """A camera that wanders over a wide scene: shapes come into sight, move, and leave it. Three seconds of H.264."""
+    width_px, height_px, frames = 400, 360, 45
+    wide = draw_scene(np.random.default_rng(CLIP_SEED), 960, height_px, DESCRIBER_STYLE).image
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=15, options={"crf": "23", "preset": "veryslow"})
+        stream.width, stream.height, stream.pix_fmt = width_px, height_px, "yuv420p"
+        for number in range(frames):
+            left = round((wide.shape[1] - width_px) * number / (frames - 1))
+            view = np.ascontiguousarray(wide[:, left : left + width_px])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(view, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
 def main() -> None:
     """Draw them all, then write their truth."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=SAMPLES)
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
+    write_clip(out / "clip-01.mp4")
     entries = []
     for sample in WANTED:
         image, shapes = draw(sample)
