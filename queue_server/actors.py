@@ -35,6 +35,8 @@ HEARTBEAT_TIMEOUT_MS = 15_000
 MAINTENANCE_CHANCE = 100_000
 # One fetch in so many begins with standard jobs, one in twice as many with batch jobs: urgent ones do not starve them.
 OTHERS_TURN = 8
+# An idle worker asks Dramatiq's script at least this often: it notes that the worker lives, and now and then looks for those that do not.
+BEAT_S = 5.0
 # While Redis is away it is asked this often.
 AWAY_S = 0.25
 
@@ -72,6 +74,7 @@ class HintConsumer(Consumer):
         self._misses = self._turn = 0
         self._dealt_with: deque[MessageProxy] = deque()
         self._away = False
+        self._fetched_s = time.monotonic()
 
     def __next__(self) -> MessageProxy | None:
         self._freed.clear()
@@ -150,6 +153,10 @@ class HintConsumer(Consumer):
 
     def _fetch(self, room: int, there: frozenset[Priority]) -> None:
         self._turn += bool(there)
+        if not there and time.monotonic() - self._fetched_s > BEAT_S:
+            there = frozenset(Priority)
+        if there:
+            self._fetched_s = time.monotonic()
         for priority in _order(self._turn):
             if priority not in there:
                 continue
