@@ -12,9 +12,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PYTEST_ARGUMENTS ?=
 UP_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
+CHAOS_ARGUMENTS ?=
 MINUTES ?= 10
 
-.PHONY: help setup demo up test check protos bench soak clean
+.PHONY: help setup demo up test check protos bench soak chaos clean
 
 help: ## Shows these commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,9 @@ bench: $(READY) ## Measures, and writes benchmarks/results.
 
 soak: $(READY) ## Everything at once for MINUTES=10: mixed calls, cancels, bad images, reloads; fails when something leaks.
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+chaos: $(READY) ## Kills everything at random under 1,000 jobs, three times: not one may be lost or done twice (15 min).
+	$(BIN)/python -m benchmarks.chaos $(CHAOS_ARGUMENTS)
 
 clean: ## Removes what tools have left (not .venv).
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .demo build dist *.egg-info

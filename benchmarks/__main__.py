@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import cold_start, describer, fairness, front, null_engine, overload, throughput
+from benchmarks import cold_start, describer, fairness, front, null_engine, overload, queue, throughput
 from benchmarks.pages import RESULTS, Page, console
 from benchmarks.processes import end_on_sigterm
 
@@ -18,6 +18,7 @@ SHORT: dict[str, tuple[Callable[[float], Page], float]] = {
     "fairness": (fairness.measure, 8.0),
     "front": (front.measure, 0.0),
     "describer": (describer.measure, 0.0),
+    "queue": (queue.measure, 2.0),
     "cold_start": (cold_start.measure, 0.0),
 }
 

@@ -106,7 +106,9 @@ class Measured:
     def _lines(self) -> list[str]:
         # Read by its place, so that the process goes on writing where it is.
         size_bytes = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), size_bytes, 0).decode(errors="replace").splitlines()
+        text = os.pread(self._log.fileno(), size_bytes, 0).decode(errors="replace")
+        # The last line may be half written; once the process has ended it is what there is.
+        return text.splitlines() if self._process.poll() is not None else text.rpartition("\n")[0].splitlines()
 
 
 class Usage:

@@ -35,7 +35,7 @@ HEARTBEAT_TIMEOUT_MS = 15_000
 MAINTENANCE_CHANCE = 100_000
 # One fetch in so many begins with standard jobs, one in twice as many with batch jobs: urgent ones do not starve them.
 OTHERS_TURN = 8
-# An idle worker asks Dramatiq's script at least this often: it notes that the worker lives, and now and then looks for those that do not.
+# An idle worker asks Dramatiq's script this often: it notes who lives, and now and then looks for those that do not.
 BEAT_S = 5.0
 # While Redis is away it is asked this often.
 AWAY_S = 0.25

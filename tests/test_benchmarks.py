@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import describer
+from benchmarks import describer, queue, queue_depth
 from benchmarks.__main__ import SHORT
 from benchmarks.language_models import SHAPES, random
 from benchmarks.layers import GARBAGE, LOOP, layer_of
 from benchmarks.overload import recovered_after_s
 from benchmarks.pages import Outsiders, Page
 from benchmarks.processes import ENVIRONMENT, ROOT
+from benchmarks.queue_servers import Servers, quantile
 from benchmarks.soak import Rest, Soaked
 from vision_server.describers.language_model import Limits
 
@@ -158,3 +159,29 @@ def test_generations_together_are_measured_against_generate(tmp_path: Path, monk
     assert all(float(figure) > 0 for row in rows for figure in row[1:4])
     assert re.search(r"^\| 0 \| [\d.]+ \| [\d.]+ \| 1 \|$", page.text, re.MULTILINE)
     assert page.missed == []
+
+
+def test_the_queue_is_measured_against_plain_dramatiq(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "PROCESSES", (1,))
+    monkeypatch.setattr(queue, "BATCH", 20)
+    monkeypatch.setattr(queue_depth, "CALLS", 5)
+    page = Page("queue", "Trial")
+    with Servers() as servers:
+        jobs_per_s = queue.compare(page, servers, jobs=60)
+        queue.measure_latency(page, servers, rate_per_s=100.0, jobs=30)
+        queue_depth.measure_depth(page, servers, many=300)
+
+    rows = re.findall(
+        r"^\| 1 × 8 \| ([\w ]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|", page.text, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["plain Dramatiq", "SubmitJob", "BatchSubmitJobs"]
+    assert jobs_per_s > 0 and all(int(figure.replace(",", "")) > 0 for row in rows for figure in row[1:4])
+    assert re.search(r"^\| SubmitJob \| [\d.]+ \| [\d.]+ \|$", page.text, re.MULTILINE)
+    assert re.search(
+        r"Redis holds \*\*[\d,]{3,} bytes for each that waits and [\d,]{3,} bytes for each that is done", page.text
+    )
+    assert "| GetQueueStats |" in page.text
+
+
+def test_a_quantile_is_one_of_the_values() -> None:
+    assert [quantile([3.0, 1.0, 2.0, 4.0], share) for share in (0.25, 0.5, 0.99, 1.0)] == [1.0, 2.0, 4.0, 4.0]

@@ -25,7 +25,7 @@ GOOD = write_image(0.0, good=True, filling=b"picture")
 
 
 def small(**changes: object) -> Size:
-    values = {"jobs": 60, "submitters": 2, "seconds": 5.0, "kills": 2, "pauses": 2, "settle_s": 40.0, "messages": False}
+    values = {"jobs": 60, "submitters": 2, "seconds": 5.0, "kills": 2, "pauses": 2, "settle_s": 40.0}
     return Size(**{**values, "pace": PACE, **changes})  # type: ignore[arg-type]
 
 
