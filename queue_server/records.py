@@ -19,7 +19,7 @@ Fields = Mapping[str, str]
 # What a submission sets once; all other fields come from the changes.
 BORN = (
     *("id", "kind", "queue", "priority", "labels", "request_id"),
-    *("max_attempts", "created_ms", "not_before_ms", "deadline_ms", "client", "trace", "hook"),
+    *("max_attempts", "created_ms", "client", "trace", "hook"),
 )
 
 

@@ -26,11 +26,14 @@ local later = a.not_before_ms > now
 redis.call('SET', key('job', id, 'work'), ARGV[2])
 redis.call('HSET', key('job', id),
   'id', id, 'kind', a.kind, 'queue', a.queue, 'priority', a.priority, 'labels', a.labels, 'request_id', a.request_id,
-  'max_attempts', int(a.max_attempts), 'created_ms', int(now), 'not_before_ms', int(a.not_before_ms),
-  'deadline_ms', int(a.deadline_ms), 'rev', '0', 'dispatch', '0', 'client', a.client, 'trace', a.trace, 'bytes', int(bytes))
+  'max_attempts', int(a.max_attempts), 'created_ms', int(now), 'rev', '0', 'dispatch', '0',
+  'client', a.client, 'trace', a.trace, 'bytes', int(bytes))
 if a.hook ~= '' then redis.call('HSET', key('job', id), 'hook', a.hook) end
 local state = later and 'SCHEDULED' or 'QUEUED'
-change(id, {state = state, attempt = '0', spent = '0', done = '0', total = int(a.item_count)})
+change(id, {
+  state = state, attempt = '0', spent = '0', done = '0', total = int(a.item_count),
+  not_before_ms = int(a.not_before_ms), deadline_ms = int(a.deadline_ms),
+})
 redis.call('SADD', key('queues'), a.queue)
 redis.call('ZADD', key('idx', 'all'), 0, id)
 redis.call('ZADD', key('idx', 'queue', a.queue), 0, id)

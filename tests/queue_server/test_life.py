@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from dataclasses import replace
 from typing import Any
 
 import redis
+from ai4thai.queue.v1 import queue_service_pb2 as pb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ from queue_server.jobs import ENDED, FIRST, NEXT, Backoff, Failure, JobState, Pr
 from queue_server.records import history, read_job
 from queue_server.store import Store
 from queue_server.worker_store import Claim, Outcome, WorkerStore
-from tests.queue_server.conftest import queue_settings, worker_settings
+from tests.queue_server.conftest import queue_settings, serve, worker_settings
 
 
 def test_every_state_can_be_reached_and_every_life_can_end() -> None:
@@ -170,8 +172,6 @@ async def _play(
                 await store.sweep("sweep_lost", errors={"w": "ZQ=="})
             case "expired":
                 _let_pass(client, "deadlines")
-                if deadline and not job.ended:
-                    client.hset(f"{{vq}}:job:{JOB_ID}", "deadline_ms", 1)
                 await store.sweep("sweep_expired", expired="ZQ==")
             case "overdue":
                 await store.sweep("sweep_overdue", priorities=["standard"], overdue_ms=0)
@@ -239,3 +239,31 @@ async def test_forgotten_jobs_are_not_found(redis_url: str) -> None:
             continue
         raise AssertionError("found")
     await connection.stop()
+
+
+async def test_an_attempt_of_the_same_number_by_another_worker_is_fenced_too(redis_url: str, redis_client: Any) -> None:
+    # Given a running attempt, and a Redis that came back without its last second, where another worker has begun attempt 1 anew
+    async with serve(queue_settings(redis_url)) as front:
+        job = await front.submit(b"ok")
+        workers = WorkerStore(worker_settings(redis_url, "localhost:1", lease_s=3600))
+        workers.start()
+        ours = workers.claim(job.job_id, 1, "ours", "w", b"")
+        assert isinstance(ours, Claim)
+        redis_client.hset(f"{{vq}}:job:{job.job_id}", mapping={"claim": "theirs", "worker": "other"})
+        # When the first one goes on, then it learns that it has lost the job, and may not end it
+        assert workers.renew(ours, ours.job.progress) == "lost" and workers.look([ours]) == ["lost"]
+        assert workers.finish(ours, Outcome(JobState.SUCCEEDED))[0] is False
+        theirs = replace(ours, claim_id="theirs")
+        assert workers.renew(theirs, ours.job.progress) == "ok"
+        assert workers.finish(theirs, Outcome(JobState.SUCCEEDED)) == (True, "SUCCEEDED")
+        workers.stop()
+
+
+async def test_a_held_job_is_not_begun_by_a_message_that_comes_twice(redis_url: str) -> None:
+    async with serve(queue_settings(redis_url)) as front:
+        job = await front.submit(b"ok")
+        await front.stub.PauseQueue(pb.PauseQueueRequest(queue="default"))
+        workers = WorkerStore(worker_settings(redis_url, "localhost:1"))
+        workers.start()
+        assert [workers.claim(job.job_id, 1, f"c{number}", "w", b"") for number in range(2)] == ["paused", "stale"]
+        workers.stop()
