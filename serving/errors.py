@@ -64,14 +64,3 @@ class ServiceError(Exception):
         self.metadata = {name: str(value) for name, value in (metadata or {}).items()}
         self.field = field
         self.retry_after_s = retry_after_s
-
-
-def not_served_yet(what: str) -> ServiceError:
-    """UNIMPLEMENTED for what stands in the contract but is still to come; `what` names it (`LoadModel`, `options.masks`)."""
-    return ServiceError(
-        Code.UNIMPLEMENTED,
-        "NOT_SERVED_YET",
-        f"{what} is in the contract but not served yet.",
-        cure="The README's status table says what is.",
-        metadata={"what": what},
-    )

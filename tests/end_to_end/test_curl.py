@@ -129,16 +129,19 @@ def test_curl_takes_a_job_from_begin_to_end(queue: Server, picture: Picture, det
 
 
 @pytest.mark.parametrize(
-    ("path", "arguments"),
+    ("path", "arguments", "status", "reason"),
     [
-        ("/v1/jobs:batch", ("-d", "{}")),
-        ("/v1/jobs/x:retry", ("-d", "{}")),
-        ("/v1/media/x", ()),
-        ("/v1/queues/x:pause", ("-d", "{}")),
-        ("/v1/queues/x:resume", ("-d", "{}")),
-        ("/v1/queues/x:purge", ("-d", "{}")),
+        ("/v1/jobs:batch", ("-d", "{}"), 400, "INVALID_FIELD"),
+        ("/v1/jobs/x:retry", ("-d", "{}"), 404, "JOB_NOT_FOUND"),
+        ("/v1/media/x", (), 404, "MEDIA_NOT_FOUND"),
+        ("/v1/media/x:download", (), 404, "MEDIA_NOT_FOUND"),
+        ("/v1/queues/Not%20One:pause", ("-d", "{}"), 400, "INVALID_FIELD"),
+        ("/v1/queues/never:purge", ("-d", "{}"), 404, "QUEUE_NOT_FOUND"),
+        ("/queue/depth?queue=Not%20One", (), 400, "INVALID_FIELD"),
     ],
 )
-def test_curl_is_told_what_the_queue_does_not_serve_yet(queue: Server, path: str, arguments: tuple[str, ...]) -> None:
-    status, text = curl(queue, path, *arguments)
-    assert (status, json.loads(text)["error"]["details"][0]["reason"]) == (501, "NOT_SERVED_YET")
+def test_curl_is_told_what_the_queue_cannot_do(
+    queue: Server, path: str, arguments: tuple[str, ...], status: int, reason: str
+) -> None:
+    code, text = curl(queue, path, *arguments)
+    assert (code, json.loads(text)["error"]["details"][0]["reason"]) == (status, reason)
