@@ -105,7 +105,7 @@ async def test_the_states_come_in_order_and_progress_grows(data_dir: Path, tmp_p
                 if not states or states[-1] is not info.state:
                     states.append(info.state)
                     progress.append(info.load_progress)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.002)  # without a pause the loading thread hardly gets the interpreter
     every = [ModelState.PENDING, ModelState.LOADING, ModelState.WARMING_UP, ModelState.READY]
     assert states == [state for state in every if state in states]
     assert progress == sorted(progress)
