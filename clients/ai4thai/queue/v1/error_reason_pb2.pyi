@@ -41,7 +41,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_REVISION_OUT_OF_RANGE: _ErrorReason.ValueType  # 8
     """OUT_OF_RANGE: the revision asked for is later than the job's."""
     ERROR_REASON_NOT_SERVED_YET: _ErrorReason.ValueType  # 9
-    """UNIMPLEMENTED: in the contract, not served yet."""
+    """No longer sent: the whole contract is served."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 10
     """DEADLINE_EXCEEDED: the caller's deadline passed before the answer."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 11
@@ -95,7 +95,7 @@ ERROR_REASON_WRONG_STATE: ErrorReason.ValueType  # 7
 ERROR_REASON_REVISION_OUT_OF_RANGE: ErrorReason.ValueType  # 8
 """OUT_OF_RANGE: the revision asked for is later than the job's."""
 ERROR_REASON_NOT_SERVED_YET: ErrorReason.ValueType  # 9
-"""UNIMPLEMENTED: in the contract, not served yet."""
+"""No longer sent: the whole contract is served."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 10
 """DEADLINE_EXCEEDED: the caller's deadline passed before the answer."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 11

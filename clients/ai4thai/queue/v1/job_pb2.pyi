@@ -50,6 +50,7 @@ class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
 
         SCHEDULED → QUEUED → RUNNING → SUCCEEDED | FAILED | CANCELLED
         RUNNING → SCHEDULED (a retry waits) · RUNNING → QUEUED (its worker was lost) · SCHEDULED | QUEUED → CANCELLED | EXPIRED
+        FAILED | CANCELLED | EXPIRED → QUEUED (RetryJob)
     """
 
 JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
