@@ -43,7 +43,7 @@ def limit_bytes(devices: Sequence[str]) -> int:
 
 def free_bytes() -> int:
     """Memory that this process may still take: the machine's, or its container's where that is less."""
-    return min(int(psutil.virtual_memory().available), *_container_free_bytes(Path("/sys/fs/cgroup")))
+    return min([int(psutil.virtual_memory().available), *_container_free_bytes(Path("/sys/fs/cgroup"))])
 
 
 def detector_bytes(weights_bytes: int, *, side_px: int, images: int, value_bytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vision_server import memory
@@ -81,3 +82,12 @@ def test_a_containers_limit_counts(tmp_path: Path, files: dict[str, str], free_b
 def test_on_the_cpu_nine_tenths_of_what_is_free_may_be_taken() -> None:
     assert memory.limit_bytes(["cpu"]) == pytest.approx(0.9 * memory.free_bytes(), rel=0.2)
     assert memory.free_bytes() > 0
+
+
+def test_outside_any_container_the_machines_free_memory_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A laptop's own control group sets no limit and has no such files."""
+    # Given a machine without a limit
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path)
+
+    # Then what is available on it is what is free
+    assert memory.free_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
