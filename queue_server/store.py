@@ -79,7 +79,9 @@ class Store:
         durability = judge(info, await self._connection.config(WANTED))
         detail = f"{name}, {used >> 20} MB" + (f" of {limit >> 20} MB used" if limit else " used, no maxmemory set")
         detail += f"; {durability.promise}"
-        return Warned(f"{detail}. {durability.warning}") if durability.warning else detail
+        full = "New jobs are refused: give Redis more maxmemory" if self._memory_full else ""
+        warnings = [warning for warning in (full, durability.warning) if warning]
+        return Warned(". ".join([detail, *warnings])) if warnings else detail
 
     async def submit(self, submission: Submission) -> tuple[Job, bool]:
         """Accepts a job, or finds the one that the same request_id made; True: it was made now.

@@ -241,6 +241,7 @@ async def test_a_full_redis_refuses_files_and_keeps_nothing_of_them(redis_url: s
         redis_client.setrange("others'", 64 << 20, b"x")
         redis_client.config_set("maxmemory", round(redis_client.info()["used_memory"] * 1.06))
         await until(lambda: front.service._store._memory_full)
+        assert "New jobs are refused" in await front.service._store.check()  # what /health/detailed tells
         code, reason, _ = await refusal(upload(front, b"other"))
         assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         # And what is stored can still be had, and stored again
