@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import needed
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 # A block follows a comment with what it must print; blocks of `sh` set the platform up and are not run from within a test of it.
@@ -76,6 +78,8 @@ def test_every_block_is_an_example_or_sets_up() -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: " ".join(example.code.split()[:2]))
 def test_examples_print_what_they_promise(example: Example, addresses: dict[str, str], folder: Path) -> None:
     code = example.code
+    if re.search(r"\bcurl ", code):
+        needed("curl")
     for written, real in addresses.items():
         code = code.replace(written, real)
     command = [sys.executable, "-c", code] if example.language == "python" else ["bash", "-euo", "pipefail", "-c", code]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -121,12 +120,6 @@ def workers(vision_process: ServerProcess, redis_url: str, queue: Server) -> Ite
             process.wait_for("working")
         wait_until("the workers are listed", lambda: len(queue.web.get("/v1/workers").json()["workers"]) == WORKERS)
         yield processes
-
-
-@pytest.fixture(scope="session")
-def in_ci() -> bool:
-    """Whether a tool that is missing is a fault."""
-    return os.environ.get("CI", "").lower() in ("1", "true")
 
 
 @pytest.fixture(scope="session")

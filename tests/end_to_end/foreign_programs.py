@@ -8,10 +8,12 @@ from typing import Any
 
 from tests.end_to_end.pictures import Picture
 from tests.processes import ROOT
+from tests.programs import needed
 from vision_server.shapes.boxes import matched_boxes
 
 
 def output_of(*command: str | Path, stdin: str | None = None, cwd: Path = ROOT) -> str:
+    needed(command[0])
     done = subprocess.run(command, input=stdin, cwd=cwd, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout

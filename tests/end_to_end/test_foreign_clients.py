@@ -18,6 +18,7 @@ from tests.end_to_end.conftest import wait_until
 from tests.end_to_end.foreign_programs import assert_found, output_of
 from tests.end_to_end.pictures import Picture, encoded, foreign, jpeg
 from tests.processes import ROOT
+from tests.programs import needed
 
 BIN = Path(sys.executable).parent
 NODE = Path(__file__).parent / "node"
@@ -122,12 +123,9 @@ def values(text: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory, in_ci: bool) -> Path:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with client.js and what it needs."""
-    npm = shutil.which("npm")
-    if npm is None:
-        assert not in_ci, "npm is missing"
-        pytest.skip("npm is missing")
+    npm = needed("npm")
     folder = tmp_path_factory.mktemp("node")
     for name in ("package.json", "package-lock.json", "client.js"):
         shutil.copy(NODE / name, folder)
