@@ -41,6 +41,8 @@ def _request(service: str) -> health_pb2.HealthCheckRequest:
 
 
 def _read(answer: health_pb2.HealthCheckResponse) -> Health:
-    return Health(
-        health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status).replace("SERVICE_UNKNOWN", "UNKNOWN")
-    )
+    states = {
+        health_pb2.HealthCheckResponse.SERVING: Health.SERVING,
+        health_pb2.HealthCheckResponse.NOT_SERVING: Health.NOT_SERVING,
+    }
+    return states.get(answer.status, Health.UNKNOWN)

@@ -18,9 +18,9 @@ def read_job(job: job_pb2.Job) -> job_results.Job:
     return job_results.Job(
         job_id=job.job_id,
         kind=job.kind,
-        state=job_results.JobState(job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_")),
+        state=wire.read_value(job_results.JobState, job_pb2.JobState, job.state),
         queue=job.queue,
-        priority=job_results.Priority(job_pb2.Priority.Name(job.priority).removeprefix("PRIORITY_")),
+        priority=wire.read_value(job_results.Priority, job_pb2.Priority, job.priority),
         labels=dict(job.labels),
         progress=job_results.Progress(job.progress.completed_count, job.progress.total_count, job.progress.message),
         attempt_count=job.attempt_count,

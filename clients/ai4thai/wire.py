@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from enum import StrEnum
+from typing import Any, TypeVar, cast
 
 from ai4thai import results, server_info
 from ai4thai.errors import from_status
@@ -18,6 +19,8 @@ from ai4thai.vision.v1 import (
     model_service_pb2,
     vision_service_pb2,
 )
+
+Value = TypeVar("Value", bound=StrEnum)
 
 _ROLES = {
     results.Role.SYSTEM: generation_pb2.ROLE_SYSTEM,
@@ -308,11 +311,11 @@ def read_model(model: model_service_pb2.Model) -> server_info.Model:
     return server_info.Model(
         name=model.name,
         version=model.version,
-        task=server_info.Task(model_service_pb2.Task.Name(model.task).removeprefix("TASK_")),
+        task=read_value(server_info.Task, model_service_pb2.Task, model.task),
         engine=model.engine,
         precision=model.precision,
         device=model.device,
-        state=server_info.ModelState(model_service_pb2.ModelState.Name(model.state).removeprefix("MODEL_STATE_")),
+        state=read_value(server_info.ModelState, model_service_pb2.ModelState, model.state),
         load_progress=model.load_progress,
         labels=tuple(model.labels),
         input_size_px=model.input_size_px,
@@ -370,7 +373,7 @@ def _read_mask(mask: detection_pb2.Mask) -> results.Polygon | results.RunLengths
 
 
 def _read_finish_reason(reason: generation_pb2.FinishReason.ValueType) -> results.FinishReason:
-    return results.FinishReason(generation_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_"))
+    return read_value(results.FinishReason, generation_pb2.FinishReason, reason)
 
 
 def _read_usage(usage: generation_pb2.Usage) -> results.Usage:
@@ -379,3 +382,10 @@ def _read_usage(usage: generation_pb2.Usage) -> results.Usage:
 
 def _read_text_timings(timings: generation_pb2.GenerateTimings) -> results.TextTimings:
     return results.TextTimings(timings.queue_ms, timings.time_to_first_token_ms, timings.total_ms)
+
+
+def read_value(kind: type[Value], enum: Any, number: int) -> Value:
+    """A value of one of the contract's enums; one that a later server has added and this client does not know is UNSPECIFIED."""
+    names = enum.DESCRIPTOR.values_by_number
+    name = names[number if number in names else 0].name
+    return kind(name.removeprefix(names[0].name.removesuffix("UNSPECIFIED")))

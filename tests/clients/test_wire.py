@@ -161,6 +161,17 @@ def test_masks_tell_their_area_and_become_arrays() -> None:
 )
 def test_enums_have_the_contracts_values(ours: Any, theirs: Any, prefix: str) -> None:
     assert {prefix + value for value in ours} == set(theirs.keys())
+    assert [wire.read_value(ours, theirs, number) for number in theirs.values()] == [
+        ours(name.removeprefix(prefix))
+        for name in theirs.keys()  # noqa: SIM118 (it is no mapping)
+    ]
+
+
+def test_a_value_that_a_later_server_has_added_is_unspecified() -> None:
+    job = queue_answers.read_job(job_pb2.Job(job_id="job-1", state=99, priority=99))
+    assert (job.state, job.priority) == ("UNSPECIFIED", "UNSPECIFIED") and not job.state.is_end
+    model = wire.read_model(model_service_pb2.Model(name="a", task=99, state=99))
+    assert (model.task, model.state) == ("UNSPECIFIED", "UNSPECIFIED")
 
 
 @given(st.integers(0, 2**31), st.integers(0, 999))
