@@ -1,0 +1,1 @@
+"""The manifests, and what checks them without a cluster: `python -m deploy.kubernetes.check`."""
