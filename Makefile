@@ -13,12 +13,13 @@ PYTEST_ARGUMENTS ?=
 UP_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 CHAOS_ARGUMENTS ?=
+REHEARSE_ARGUMENTS ?=
 MINUTES ?= 10
 
-.PHONY: help setup demo up test check protos bench soak chaos clean
+.PHONY: help setup demo up test check protos lock upgrade-check bench soak chaos rehearse clean
 
 help: ## Shows these commands.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The .pth file puts the source roots on the path as plain entries: by the editable install's import hook alone, a folder that
 # happens to be called ai4thai (this checkout, seen from its parent) would hide the package.
@@ -51,10 +52,18 @@ check: $(READY) ## Lints, formats, types, imports, the contract and its stubs.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
+	@for released in protos/released/*.binpb; do echo "buf breaking --against $$released"; $(BIN)/buf build protos -o -#format=binpb | $(BIN)/buf breaking -#format=binpb --against $$released || exit 1; done
 	$(BIN)/python protos/generate.py --check
+	$(BIN)/python requirements/lock.py --check
 
 protos: $(READY) ## Generates the stubs of the contract.
 	$(BIN)/python protos/generate.py
+
+lock: $(READY) ## Locks what pyproject.toml pins; UPGRADE=package or UPGRADE=all lets go of older pins, SETS=queue locks one set.
+	$(BIN)/python requirements/lock.py $(SETS) --upgrade '$(UPGRADE)'
+
+upgrade-check: $(READY) ## What is newer than our pins? PACKAGE=redis VERSION=8.2.0 tries it in a copy (UPGRADE_ARGUMENTS=--help).
+	$(BIN)/python requirements/upgrade_check.py --package '$(PACKAGE)' --version '$(VERSION)' --sets '$(SETS)' $(UPGRADE_ARGUMENTS)
 
 bench: $(READY) ## Measures, and writes benchmarks/results.
 	$(BIN)/python -m benchmarks $(BENCH_ARGUMENTS)
@@ -64,6 +73,9 @@ soak: $(READY) ## Everything at once for MINUTES=10: mixed calls, cancels, bad i
 
 chaos: $(READY) ## Kills everything at random under 1,000 jobs, three times: not one may be lost or done twice (15 min).
 	$(BIN)/python -m benchmarks.chaos $(CHAOS_ARGUMENTS)
+
+rehearse: $(READY) ## An upgrade and the way back behind Envoy, jobs going on: REHEARSE_ARGUMENTS='--old COMMIT' (10 min).
+	$(BIN)/python -m benchmarks.rehearsal $(REHEARSE_ARGUMENTS)
 
 clean: ## Removes what tools have left (not .venv).
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .demo build dist *.egg-info
