@@ -133,6 +133,12 @@ def translated(url: str) -> Iterator[None]:
         raise StoreUnavailable(why=f"there is no master now of {place(url)}") from error
     except redis.OutOfMemoryError as error:
         raise memory_full() from error
+    except redis.AuthenticationError as error:
+        # Redis' own words for a password that is missing speak of HELLO.
+        raise StoreUnavailable(
+            why=f"{place(url)} refuses the password, or the lack of one: it comes from REDIS_URL, REDIS_PASSWORD, or the file "
+            "redis_password among the secrets"
+        ) from error
     except (redis.ConnectionError, redis.ReadOnlyError, OSError) as error:
         # Errors of connecting spell out the address; a password is never part of it.
         raise StoreUnavailable(why=f"{place(url)}: {error}") from error

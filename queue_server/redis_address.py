@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import redis
 from redis import asyncio as async_redis
@@ -175,6 +175,16 @@ async def close(client: Any) -> None:
     await client.connection_pool.disconnect()
     if (sentinel := getattr(client.connection_pool, "sentinel_manager", None)) is not None:
         await sentinel.aclose()
+
+
+def with_password(url: str, password: str) -> str:
+    """The URL with the password that it lacks; one that it has stays. Sentinels have one of their own (sentinel_password)."""
+    if not password or "password" in read_address(url).options:
+        return url
+    scheme, _, rest = url.partition("://")
+    end = min((rest.find(mark) for mark in "/?" if mark in rest), default=len(rest))
+    user, _, hosts = rest[:end].rpartition("@")
+    return f"{scheme}://{user.rstrip(':')}:{quote(password, safe='')}@{hosts}{rest[end:]}"
 
 
 def read_address(url: str) -> RedisAddress:

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from queue_server.addresses import Guard
-from queue_server.redis_address import read_address
+from queue_server.redis_address import read_address, with_password
 from queue_server.webhook_calls import read_secrets
 
 _HOUR_S = 3600.0
@@ -32,6 +32,12 @@ class StoreSettings(BaseSettings):
         le=65535,
         validation_alias=AliasChoices("REDIS_PORT", "redis_port"),
         description="Redis' port on this machine, when REDIS_URL is empty.",
+    )
+    redis_password: SecretStr = Field(
+        default=SecretStr(""),
+        validation_alias=AliasChoices("REDIS_PASSWORD", "redis_password"),
+        description="REDIS_PASSWORD, or the file redis_password among the secrets: Redis' password, when REDIS_URL has none. "
+        "Empty: it wants none.",
     )
     keep_ended_s: float = Field(
         default=24 * _HOUR_S, gt=0, description="Ended jobs and their results are kept this long."
@@ -115,8 +121,9 @@ class StoreSettings(BaseSettings):
 
     @property
     def url(self) -> str:
-        """Redis' URL, from REDIS_URL or REDIS_PORT."""
-        return self.redis_url or f"redis://127.0.0.1:{self.redis_port}/0"
+        """Redis' URL, from REDIS_URL or REDIS_PORT, with the password: not to be shown."""
+        url = self.redis_url or f"redis://127.0.0.1:{self.redis_port}/0"
+        return with_password(url, self.redis_password.get_secret_value())
 
 
 class QueueSettings(StoreSettings):

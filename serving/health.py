@@ -49,10 +49,11 @@ class Check:
 class Health:
     """Keeps the checks and tells who waits when the answer for a service changes. Lives on one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_failed: Callable[[], object] = lambda: None) -> None:
+        self._on_failed = on_failed
         self._checks: dict[str, Check] = {}
         self._exposed: dict[str, tuple[str, ...]] = {LIVENESS: ()}
-        self._draining = False
+        self._draining = self._watches_ended = False
         self._failed = ""
         self._changed = asyncio.Event()
         self._probes: set[asyncio.Task[None]] = set()
@@ -91,14 +92,25 @@ class Health:
         self._notify()
 
     def fail_for_good(self, why: str) -> None:
-        """Makes the process itself NOT_SERVING until it is restarted (a CUDA fault cannot be mended from inside)."""
+        """Makes the process itself NOT_SERVING: a CUDA fault cannot be mended from inside. `on_failed` is called."""
         self._failed = why
-        _log.error("the process fails its liveness check until it is restarted", why=why)
+        _log.error("the process cannot go on: it fails its liveness check", why=why)
         self._notify()
+        self._on_failed()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the process is to be started again."""
+        return bool(self._failed)
 
     def drain(self) -> None:
         """From now on every service is NOT_SERVING; the process itself still lives."""
         self._draining = True
+        self._notify()
+
+    def end_watches(self) -> None:
+        """Ends every `watch`: what lasts as long as its caller likes must not hold up the process's end."""
+        self._watches_ended = True
         self._notify()
 
     @property
@@ -138,9 +150,9 @@ class Health:
         return reasons
 
     async def watch(self, service: str) -> AsyncIterator[bool | None]:
-        """Yields `serving(service)` now and after each change of it."""
+        """Yields `serving(service)` now and after each change of it, until `end_watches`."""
         last: bool | str | None = "never yielded"
-        while True:
+        while not self._watches_ended:
             changed = self._changed
             current = self.serving(service)
             if current != last:

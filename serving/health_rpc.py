@@ -30,11 +30,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         return _response(serving)
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Tells now and after each change; ends when the server drains, so that it does not hold up its end."""
+        """Tells now and after each change; ends when the server takes no more calls, so that it does not hold up its end."""
+        # Not when it begins to drain: a watcher comes again at once, and would be sent away each time.
         async for serving in self._health.watch(request.service):
             yield _response(serving)
-            if self._health.draining:
-                return
 
     async def List(self, request: Any, context: Any) -> Any:
         """Tells of every service."""

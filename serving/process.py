@@ -63,7 +63,12 @@ class Service(Protocol):
 def run(
     make_service: Callable[[], Service], serving: ServingSettings, port: int, settings_shown: Mapping[str, object]
 ) -> int:
-    """Serves until SIGTERM or SIGINT; returns the exit code: 0 after a clean drain, 1 when the port cannot be had."""
+    """Serves until SIGTERM or SIGINT, or until it cannot go on.
+
+    Returns:
+        The exit code: 0 after a clean drain; 1 when the port cannot be had, or after the drain that a fault has begun which only
+        a new process mends (`Health.fail_for_good`): what runs it starts it again, and nobody has to wake up.
+    """
     logs.configure(serving.log_level, serving.log_format)
     _tune()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -74,7 +79,7 @@ async def _serve(service: Service, serving: ServingSettings, port: int, settings
     _log.info("starting", server=service.name, version=service.version, pid=os.getpid(), settings=dict(settings_shown))
     stopping = asyncio.Event()
     _on_signals(stopping)
-    health = Health()
+    health = Health(on_failed=stopping.set)
     health.expose(service.ready_name, "startup")
     health.report("startup", False, "starting")
     # grpcio listens on a socket of its own that nobody else can reach; the listener relays to it.
@@ -112,7 +117,7 @@ async def _serve(service: Service, serving: ServingSettings, port: int, settings
         finally:
             await _drain(service, serving, health, server, channel, http, listener)
     _log.info("stopped", server=service.name)
-    return 0
+    return 1 if health.failed else 0
 
 
 async def _drain(
@@ -129,6 +134,7 @@ async def _drain(
     health.drain()
     await asyncio.sleep(serving.unready_seconds)
     await listener.close()
+    health.end_watches()
     service.drain()
     await asyncio.gather(server.stop(serving.drain_seconds), http.stop(serving.drain_seconds))
     await channel.close()

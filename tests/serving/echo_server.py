@@ -38,6 +38,7 @@ class Echo(rpc.VisionServiceServicer):
     async def start(self, health: Health) -> None:
         self.generating = 0
         self._ticking = 0
+        self._health = health
         health.add_probe("ticks", self._tick, interval_s=0.1)
         health.expose(NAME, "ticks")
 
@@ -92,6 +93,8 @@ class Echo(rpc.VisionServiceServicer):
             )
         if request.question == "full":
             raise ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "Full.")
+        if request.question == "lost":
+            self._health.fail_for_good("The device is lost to this process.")
         if request.question == "slow":
             await asyncio.sleep(30)
         if request.question == "fault":

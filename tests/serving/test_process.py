@@ -18,29 +18,31 @@ from tests.processes import ServerProcess
 
 
 def test_sigterm_lets_a_running_stream_end_and_exits_0() -> None:
-    with ServerProcess("tests.serving.echo_server", "0", env={"SERVING_UNREADY_SECONDS": "0.5"}) as server:
+    with ServerProcess("tests.serving.echo_server", "0", env={"SERVING_UNREADY_SECONDS": "2"}) as server:
         with grpc.insecure_channel(server.address) as channel:
             request = pb.GenerateRequest()
-            request.options.max_new_tokens = 40  # 2 s
+            request.options.max_new_tokens = 100  # 5 s
             running = rpc.VisionServiceStub(channel).Generate(request)
             watch = health_pb2_grpc.HealthStub(channel).Watch(
                 health_pb2.HealthCheckRequest(service="ai4thai.vision.v1.VisionService")
             )
             next(running)
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-            with httpx.stream(
-                "POST", f"http://{server.address}/v1/vision:generate", json={"options": {"max_new_tokens": 40}}
-            ) as web:
+            counting = {"options": {"max_new_tokens": 100}}
+            with (
+                httpx.Client(base_url=f"http://{server.address}") as client,
+                client.stream("POST", "/v1/vision:generate", json=counting) as web,
+            ):
                 lines = web.iter_lines()
                 next(lines)
                 server.signal(signal.SIGTERM)
                 # Not ready comes before not accepting.
                 assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-                health = httpx.get(f"http://{server.address}/health")
+                health = client.get("/health")
                 assert (health.status_code, health.json()["why"]) == (503, ["The server is shutting down."])
-                assert httpx.get(f"http://{server.address}/health/live").status_code == 200
-                assert list(running)[-1].summary.text == "สรุป 40"
-                assert "สรุป 40" in list(lines)[-1]
+                assert client.get("/health/live").status_code == 200
+                assert list(running)[-1].summary.text == "สรุป 100"
+                assert "สรุป 100" in list(lines)[-1]
         assert server.wait() == 0
     assert "stopped in order\n" in server.lines
 
@@ -59,6 +61,19 @@ def test_a_second_signal_leaves_at_once() -> None:
         assert time.monotonic() - began_s < 5
         with pytest.raises(grpc.RpcError):
             list(running)
+
+
+def test_a_process_that_cannot_go_on_ends_to_be_started_again() -> None:
+    with ServerProcess("tests.serving.echo_server", "0") as server, grpc.insecure_channel(server.address) as channel:
+        stub = rpc.VisionServiceStub(channel)
+        running = stub.Generate(pb.GenerateRequest(options={"max_new_tokens": 20}), timeout=30)
+        next(running)
+        # When a fault has come that only a new process mends
+        stub.Analyze(pb.AnalyzeRequest(question="lost"), timeout=30)
+        # Then what runs comes to its end, and the exit code says that this was no wish of the operator
+        assert list(running)[-1].summary.text == "สรุป 20"
+        assert server.wait() == 1
+    assert "stopped in order\n" in server.lines
 
 
 def test_a_taken_port_is_told_and_exits_1() -> None:
