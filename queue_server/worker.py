@@ -21,6 +21,7 @@ from dramatiq.worker import Worker as DramatiqWorker
 from queue_server import __version__
 from queue_server.actors import build_broker, declare_actor
 from queue_server.attempts import RunningAttempts
+from queue_server.beats import BeatFile
 from queue_server.errors import StoreUnavailable
 from queue_server.runner import Runner
 from queue_server.settings import WorkerSettings
@@ -54,6 +55,7 @@ class Worker:
         self._dramatiq: DramatiqWorker | None = None
         self._start_ms = 0
         self._silent = False
+        self._beat_file = BeatFile(self.name)
 
     def start(self) -> None:
         """Begins to take jobs; Redis and the vision server may be away."""
@@ -82,10 +84,12 @@ class Worker:
                 alive_s=max(self._settings.lease_s, 3 * BEAT_S),
             )
             self._silent = False
+            self._beat_file.write("")
         except StoreUnavailable as error:
             if not self._silent:
                 _log.warning("Redis does not answer", error=str(error))
             self._silent = True
+            self._beat_file.write(str(error))
 
     def stop(self) -> None:
         """Gives the running jobs back at once; messages not begun go back to the list."""
@@ -100,6 +104,7 @@ class Worker:
         except StoreUnavailable as error:
             _log.warning("cannot say goodbye", error=str(error))
         self._store.stop()
+        self._beat_file.delete()
 
 
 def main() -> int:

@@ -16,8 +16,13 @@ from vision_server.weights import is_local_describer
 def main() -> int:
     """Serves until it is told to stop; returns the exit code."""
     settings, serving = read(VisionSettings), read(ServingSettings)
-    local = all(is_local_describer(name, settings.model_dir) for name in settings.local_describers)
-    set_environment(settings.data_dir, fetch_describer=not (settings.offline or local))
+    folders = (settings.model_dir, settings.prefetched_dir)
+    local = all(is_local_describer(name, *folders) for name in settings.local_describers)
+    set_environment(
+        settings.data_dir,
+        fetch_describer=not (settings.offline or local),
+        hf_token=settings.hf_token.get_secret_value(),
+    )
     shown = {**describe(settings), **describe(serving)}
     return run(lambda: VisionServer(settings, serving.max_message_bytes), serving, settings.port, shown)
 

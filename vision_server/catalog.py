@@ -1,4 +1,4 @@
-"""What models lie on this machine, as last seen: the shipped ones and those of the model directory."""
+"""What models lie on this machine, as last seen: the shipped ones and those of the model directories."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def plain_name(name: str) -> str:
 class Catalog:
     """Remembers what look() saw, so that the event loop need not read the disk. Names are plain_name()s."""
 
-    def __init__(self, model_dir: Path) -> None:
-        self._model_dir = model_dir
+    def __init__(self, model_dir: Path, prefetched_dir: Path | None = None) -> None:
+        self._folders = (model_dir, prefetched_dir)
         self._here: Mapping[str, Available] = {}
 
     async def look(self) -> None:
         """Reads the disk."""
-        available = await asyncio.to_thread(list_models, self._model_dir)
+        available = await asyncio.to_thread(list_models, *self._folders)
         self._here = {plain_name(model.name): model for model in available}
 
     async def generates(self, name: str) -> bool | None:
         """Whether what lies under this name now is a describer (else it is a detector); None: nothing does."""
-        return await asyncio.to_thread(_generates, name, self._model_dir)
+        return await asyncio.to_thread(_generates, name, *self._folders)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._here)
@@ -45,11 +45,11 @@ class Catalog:
         return ModelInfo(model.name, task, ModelState.UNLOADED, 0.0, is_default=False)
 
 
-def _generates(name: str, model_dir: Path) -> bool | None:
+def _generates(name: str, model_dir: Path, prefetched_dir: Path | None) -> bool | None:
     try:
-        path = find_here(name, model_dir)
+        path = find_here(name, model_dir, prefetched_dir)
         if path is not None and (path / "config.json").is_file():
             return True
-        return False if detector_files(name, model_dir) else None
+        return False if detector_files(name, model_dir, prefetched_dir) else None
     except (WeightsMissing, OSError, ValueError):  # leads out of the directory, or is no name that a file can have
         return None

@@ -115,7 +115,7 @@ def _pickle(name: str, settings: VisionSettings) -> Path:
     stem = model_name(name)
     if stem in SHIPPED and SHIPPED[stem].is_dir():
         raise CannotExport(f"{stem} is a describer; only detectors are exported")
-    files = detector_files(stem, settings.model_dir)
+    files = detector_files(stem, settings.model_dir, settings.prefetched_dir)
     if files:
         pickles = [file for file in files if file.suffix == ".pt"]
         if not pickles:

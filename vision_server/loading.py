@@ -95,11 +95,12 @@ class Loader:
         `fetch`: a detector that Ultralytics publishes may be fetched. `hub`: a describer that is not here may be on the hub.
         """
         settings = self._settings
+        folders = (settings.model_dir, settings.prefetched_dir)
         if not generates:
             device = self.devices[0]
-            path = find_detector(name, settings.model_dir, offline=not fetch, engine=settings.engine, device=device)
+            path = find_detector(name, *folders, offline=not fetch, engine=settings.engine, device=device)
             return Source.at(path, generates=False)
-        folder = find_here(name, settings.model_dir)
+        folder = find_here(name, *folders)
         if folder is not None:
             return Source.at(folder, generates=True)
         if not hub:

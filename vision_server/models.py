@@ -70,7 +70,7 @@ class Models:
                     ServedModel(name, generates=generates, is_told=True, is_default=number == 0, address=address)
                 )
         self._starting = {model.name for model in self._names}
-        self._catalog = Catalog(settings.model_dir)
+        self._catalog = Catalog(settings.model_dir, settings.prefetched_dir)
         self._held: set[Loaded] = set()  # all that is in memory, on its way out too
         self._background: set[asyncio.Task[None]] = set()
         self._missed: set[ServedModel] = set()  # whose servers are away, and asked again and again

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 
-def set_environment(data_dir: Path, *, fetch_describer: bool) -> None:
+def set_environment(data_dir: Path, *, fetch_describer: bool, hf_token: str = "") -> None:
     """Sets the variables that those packages read at import; to be called before any of them is imported.
 
-    `fetch_describer`: a describer is to come from the Hugging Face hub. Fetching a detector needs no such leave: that is a call
-    of our own, which YOLO_OFFLINE does not stop.
+    `fetch_describer`: a describer is to come from the Hugging Face hub, with `hf_token` where it asks who is there. Fetching a
+    detector needs no such leave: that is a call of our own, which YOLO_OFFLINE does not stop.
     """
     caches = data_dir / "cache"
     caches.mkdir(parents=True, exist_ok=True)
@@ -22,6 +22,9 @@ def set_environment(data_dir: Path, *, fetch_describer: bool) -> None:
     os.environ["YOLO_VERBOSE"] = "false"
     if not fetch_describer:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if hf_token:
+        # Not HF_TOKEN_PATH, though it may have come from a file: the hub's package writes beside the file that this names.
+        os.environ["HF_TOKEN"] = hf_token
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"

@@ -42,6 +42,11 @@ class VisionSettings(BaseSettings):
         validation_alias=AliasChoices("AI4THAI_DATA_DIR"),
         description="AI4THAI_DATA_DIR: where models and caches lie; models in its folder `models`.",
     )
+    prefetched_dir: Path | None = Field(
+        None,
+        description="VISION_PREFETCHED_DIR: a second folder of models, looked at after the model directory and never written: "
+        "what an image brings with it. Empty: none.",
+    )
 
     detector: str = Field(
         "shapes-detector",
@@ -73,6 +78,12 @@ class VisionSettings(BaseSettings):
         "auto",
         description="How describers hold their weights (bitsandbytes): `none`, `nf4` (4 bits) or `int8`. `auto`: nf4 on CUDA for "
         "describers that are not shipped, none otherwise. By model with commas: `nf4,typhoon=int8`.",
+    )
+    hf_token: SecretStr = Field(
+        SecretStr(""),
+        validation_alias=AliasChoices("HF_TOKEN"),
+        description="HF_TOKEN, or the file hf_token among the secrets: the Hugging Face token that models behind a licence are "
+        "fetched with. Empty: none, or that of `hf auth login`.",
     )
     offline: bool = Field(False, description="Never fetch a model; what is not on this machine fails to load.")
     device: str = Field(
@@ -197,8 +208,15 @@ class VisionSettings(BaseSettings):
 
     @property
     def model_dir(self) -> Path:
-        """The only folder that weights are loaded from, besides the shipped ones: a .pt file is a pickle and runs code."""
+        """Where weights are loaded from and fetched to; besides it only the shipped ones and prefetched_dir's are loaded: a .pt
+        file is a pickle and runs code.
+        """
         return self.data_dir / "models"
+
+    @field_validator("prefetched_dir", mode="before")
+    @classmethod
+    def _none_when_empty(cls, folder: object) -> object:
+        return folder or None
 
     @property
     def detectors(self) -> tuple[str, ...]:

@@ -53,28 +53,29 @@ def model_name(name: str) -> str:
     return name.removesuffix(ending_of(name.rpartition("/")[2]))
 
 
-def list_models(model_dir: Path) -> tuple[Available, ...]:
-    """The shipped models and those of the model directory by name; a model and what it was exported to are one.
+def list_models(model_dir: Path, prefetched_dir: Path | None = None) -> tuple[Available, ...]:
+    """The shipped models and those of the two folders by name; a model and what it was exported to are one.
 
     Describers are folders with a config.json, also one level down (`llava-hf/llava-1.5-7b-hf`). Reads the disk; off the loop.
     """
     found = {name: Available(name, path.is_dir()) for name, path in SHIPPED.items() if path.exists()}
-    for path in sorted(model_dir.iterdir()) if model_dir.is_dir() else ():
-        if path.name.startswith("."):
-            continue
-        if ending_of(path.name):
-            name = model_name(path.name)
-            found.setdefault(name, Available(name, generates=False))
-        elif path.is_dir():
-            for folder in (path, *sorted(path.iterdir())):
-                if (folder / "config.json").is_file():
-                    name = folder.relative_to(model_dir).as_posix()
-                    found.setdefault(name, Available(name, generates=True))
+    for root in _folders(model_dir, prefetched_dir):
+        for path in sorted(root.iterdir()) if root.is_dir() else ():
+            if path.name.startswith("."):
+                continue
+            if ending_of(path.name):
+                name = model_name(path.name)
+                found.setdefault(name, Available(name, generates=False))
+            elif path.is_dir():
+                for folder in (path, *sorted(path.iterdir())):
+                    if (folder / "config.json").is_file():
+                        name = folder.relative_to(root).as_posix()
+                        found.setdefault(name, Available(name, generates=True))
     return tuple(found.values())
 
 
-def find_here(name: str, model_dir: Path) -> Path | None:
-    """The file or folder of exactly this name in the model directory, or a shipped model's; None: there is none.
+def find_here(name: str, model_dir: Path, prefetched_dir: Path | None = None) -> Path | None:
+    """The file or folder of exactly this name in the model directory, else the prefetched one, or a shipped model's; None: none.
 
     Raises WeightsMissing for a name that leads out of the model directory: a .pt file is a pickle and runs code when
     loaded, so it must be one that the operator put there.
@@ -84,37 +85,48 @@ def find_here(name: str, model_dir: Path) -> Path | None:
         if not path.exists():
             raise WeightsMissing(f"the shipped weights are not installed: {path} is missing")
         return path
-    root = model_dir.resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root) or path == root:
-        raise WeightsMissing(f"{name!r} leads out of the model directory {model_dir}; put the model there")
-    return path if path.exists() else None
+    for folder in _folders(model_dir, prefetched_dir):
+        root = folder.resolve()
+        path = (root / name).resolve()
+        if not path.is_relative_to(root) or path == root:
+            raise WeightsMissing(f"{name!r} leads out of the model directory {folder}; put the model there")
+        if path.exists():
+            return path
+    return None
 
 
-def find_detector(name: str, model_dir: Path, *, offline: bool, engine: str = "auto", device: str = "cpu") -> Path:
+def find_detector(
+    name: str,
+    model_dir: Path,
+    prefetched_dir: Path | None = None,
+    *,
+    offline: bool,
+    engine: str = "auto",
+    device: str = "cpu",
+) -> Path:
     """The file or folder of a detector that `engine` on `device` is to load: of what there is, the fastest.
 
     A name with the ending of an export means that file. An Ultralytics name that is not here is fetched into the model
     directory unless offline. Raises WeightsMissing, also where none of the files is for this engine or device.
     """
-    files = detector_files(name, model_dir) or [_fetch(name, model_dir, offline=offline)]
+    files = detector_files(name, model_dir, prefetched_dir) or [_fetch(name, model_dir, offline=offline)]
     try:
         return pick(files, engine, device)[0]
     except NoEngine as error:
         raise WeightsMissing(str(error)) from error
 
 
-def detector_files(name: str, model_dir: Path) -> list[Path]:
+def detector_files(name: str, model_dir: Path, prefetched_dir: Path | None = None) -> list[Path]:
     """What there is of a detector: the .pt file, its exports, or what has exactly this name; empty: nothing.
 
     Exports that are older than their .pt file are passed over: they are of other weights.
     """
-    exact = find_here(name, model_dir)
+    exact = find_here(name, model_dir, prefetched_dir)
     if ending_of(name) not in ("", _PICKLE):
         return [exact] if exact is not None else []
     stem = model_name(name)
     shipped = SHIPPED.get(stem)
-    named = [find_here(f"{stem}{ending}", model_dir) for ending in ENDINGS]
+    named = [find_here(f"{stem}{ending}", model_dir, prefetched_dir) for ending in ENDINGS]
     files = list(dict.fromkeys(path for path in (shipped and find_here(stem, model_dir), *named) if path is not None))
     pickles = [path for path in files if path.suffix == _PICKLE]
     if pickles:
@@ -131,10 +143,10 @@ def find_describer(name: str, model_dir: Path) -> str:
     return name if path is None else str(path)
 
 
-def is_local_describer(name: str, model_dir: Path) -> bool:
+def is_local_describer(name: str, model_dir: Path, prefetched_dir: Path | None = None) -> bool:
     """Whether the describer loads without the hub."""
     try:
-        return find_here(name, model_dir) is not None
+        return find_here(name, model_dir, prefetched_dir) is not None
     except WeightsMissing:
         return True  # it will fail to load, and needs no network for that
 
@@ -148,6 +160,11 @@ def short_hash(path: Path) -> str:
             while chunk := opened.read(_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()[:VERSION_DIGITS]
+
+
+def _folders(model_dir: Path, prefetched_dir: Path | None) -> tuple[Path, ...]:
+    """Where models may lie, in the order of looking."""
+    return (model_dir,) if prefetched_dir is None else (model_dir, prefetched_dir)
 
 
 def _fetch(name: str, model_dir: Path, *, offline: bool) -> Path:

@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from ai4thai import queue_client, vision_client
-from ai4thai.cli_options import QUEUE, VISION, AsJson, QueueAddress, VisionAddress
+from ai4thai import probe, queue_client, vision_client
+from ai4thai.cli_options import QUEUE, VISION, AsJson, QueueAddress, TimeoutS, VisionAddress
 from ai4thai.cli_output import devices_table, out, print_devices, print_json, print_models
 from ai4thai.errors import AI4ThaiError
 from ai4thai.queue_client import QueueClient
@@ -18,9 +18,31 @@ from ai4thai.server_info import Health
 from ai4thai.vision_client import VisionClient
 
 
-def health(json: AsJson = False, vision: VisionAddress = VISION, queue: QueueAddress = QUEUE) -> None:
-    """Tells whether both servers are ready; exits 0 when they are."""
-    with VisionClient(vision, timeout_s=5) as seeing, QueueClient(queue, timeout_s=5) as queueing:
+def health(
+    grpc: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Ask this server alone, for health checks: one line, quick.")
+    ] = "",
+    service: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --grpc: one name of grpc.health.v1; '' is the process. \\[default: all that makes it ready]",
+        ),
+    ] = None,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Ask the workers of this machine or container, for health checks.")
+    ] = False,
+    timeout: TimeoutS = probe.DEFAULT_TIMEOUT_S,
+    json: AsJson = False,
+    vision: VisionAddress = VISION,
+    queue: QueueAddress = QUEUE,
+) -> None:
+    """Tells whether both servers are ready, or one of them, or the worker here; exits 0 when so."""
+    if grpc or worker:  # usually answered before all this was imported: __main__.py
+        finding = probe.ask_worker() if worker else probe.ask_server(grpc, service, timeout)
+        out.print(finding.line, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(0 if finding.is_well else 1)
+    with VisionClient(vision, timeout_s=timeout) as seeing, QueueClient(queue, timeout_s=timeout) as queueing:
         answers = {
             "vision": (vision, _ask_health(seeing, vision_client.SERVICE_NAME)),
             "queue": (queue, _ask_health(queueing, queue_client.SERVICE_NAME)),

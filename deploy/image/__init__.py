@@ -1,0 +1,1 @@
+"""Looks whether a built image runs as in production: `deploy/image-check.sh IMAGE [TARGET]`."""
