@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from ai4thai import (
     cli_bench,
     cli_chat,
+    cli_doctor,
     cli_jobs,
     cli_media,
     cli_models,
@@ -65,6 +66,7 @@ app = typer.Typer(
 )
 app.command(rich_help_panel="On this machine")(cli_up.up)
 app.command(rich_help_panel="On this machine")(cli_up.demo)
+app.command(rich_help_panel="On this machine")(cli_doctor.doctor)
 app.command(rich_help_panel="Images")(cli_vision.detect)
 app.command(rich_help_panel="Images")(cli_vision.stream)
 app.command(rich_help_panel="Images")(cli_vision.ask)
