@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Deploys a version on this host's Docker, verifies it, and goes back to the one before by itself when it is not good.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+deploy/deploy.sh ENVIRONMENT TAG        for example: deploy/deploy.sh production v1.2.0
+
+The images are $CI_REGISTRY_IMAGE/vision:TAG and $CI_REGISTRY_IMAGE/queue:TAG; team10-vision:TAG and team10-queue:TAG of this host
+when CI_REGISTRY_IMAGE is not set. Settings are those of compose.yaml, from the environment. REDIS_PASSWORD_FILE,
+QUEUE_WEBHOOK_SECRET_FILE and HF_TOKEN_FILE name files with secrets, which are copied to the host's folder of the environment;
+those of the last deployment are taken when they are not set.
+
+  AI4THAI_STATE_DIR   where this host keeps its releases             (/var/lib/team10)
+  DEPLOY_WAIT         how long models may take to load, in seconds   (900)
+  DEPLOY_KEEP         how many verified versions one can go back to  (5)
+  DEPLOY_HOST         where the published ports are reached          (localhost)
+
+Ends with 0: live and verified; 1: not good, and the version before is back (or there was none); 2: nothing was changed;
+3: not good, and the version before is not either: a person is needed.
+TEXT
+}
+
+case ${1:-} in -h | --help) usage; exit 0 ;; esac
+[ $# -eq 2 ] || { usage >&2; exit 2; }
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=deploy/ci/release.sh
+. "$root/deploy/ci/release.sh"
+tag=$2
+[[ $tag =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || die 2 "'$tag' is no tag of an image."
+for program in docker curl python3 flock; do
+  command -v $program >/dev/null || die 2 "$program is missing on this machine."
+done
+enter "$1"
+umask 022
+
+# The images, by what they are and not by what they are called: a tag can be moved, a digest cannot.
+image_of() {
+  local ref=${CI_REGISTRY_IMAGE:+$CI_REGISTRY_IMAGE/$1:$tag} digest
+  if [ -z "$ref" ]; then
+    ref=team10-$1:$tag
+    docker image inspect "$ref" >/dev/null || die 2 "There is no image $ref on this host: build it, or set CI_REGISTRY_IMAGE."
+    echo "$ref"
+    return
+  fi
+  docker pull --quiet "$ref" >/dev/null || die 2 "$ref cannot be pulled: is it pushed, is this host logged in (docker login)?"
+  digest=$(docker image inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' "$ref" | grep -F "$CI_REGISTRY_IMAGE/$1@" | head -n 1)
+  [ -n "$digest" ] || die 2 "$ref has no digest: was it built here and never pushed?"
+  echo "$digest"
+}
+say "Fetching the images of $tag."
+VISION_IMAGE=$(image_of vision)
+QUEUE_IMAGE=$(image_of queue)
+export VISION_IMAGE QUEUE_IMAGE
+
+# Secrets are kept once for all releases: a rollback must not bring an old password back. Readable by the containers' users, below a
+# folder that only this host's user may enter.
+mkdir -p "$home/secrets"
+chmod 700 "$home/secrets"
+# shellcheck disable=SC2153
+for name in REDIS_PASSWORD_FILE QUEUE_WEBHOOK_SECRET_FILE HF_TOKEN_FILE; do
+  kept=$home/secrets/$(tr '[:upper:]' '[:lower:]' <<<"${name%_FILE}")
+  given=${!name:-}
+  # A variable of GitLab's that is not of the type "file" would be the secret itself; it is not printed.
+  [ -z "$given" ] || [ -r "$given" ] || die 2 "$name does not name a readable file. In GitLab its type must be File."
+  if [ -n "$given" ] && [ "$given" != "$kept" ]; then
+    cat "$given" >"$kept.new"
+    mv "$kept.new" "$kept"
+  fi
+  if [ "$name" = HF_TOKEN_FILE ] && [ -z "$given" ] && [ -n "${HF_TOKEN:-}" ]; then
+    printf %s "$HF_TOKEN" >"$kept"
+  fi
+  if [ -e "$kept" ]; then export "$name=$kept"; else unset "$name"; fi
+done
+
+# The release holds all that is needed to put it live again, without a checkout and without GitLab.
+next=$home/releases/.next
+rm -rf "$next"
+mkdir -p "$next/deploy" "$next/clients/ai4thai/samples"
+cp "$root/compose.yaml" "$next/"
+cp -R "$root/deploy/compose" "$root/deploy/ci" "$root/deploy/verify.sh" "$root/deploy/rollback.sh" "$next/deploy/"
+for settings in vision.env queue.env; do # what compose.yaml reads where there is one
+  if [ -e "$root/$settings" ]; then cp "$root/$settings" "$next/"; fi
+done
+cp "$root/clients/ai4thai/samples/scene-01.jpg" "$next/clients/ai4thai/samples/"
+for name in $(variables "$next"); do
+  [ -n "${!name:-}" ] || continue
+  case ${!name} in *\'* | *$'\n'*) die 2 "$name holds a quote or a line's end, which a release cannot keep." ;; esac
+  printf "%s='%s'\n" "$name" "${!name}"
+done >"$next/release.env"
+chmod 600 "$next/release.env"
+
+id=$tag
+number=1
+while [ -e "$home/releases/$id" ] && ! diff -r "$next" "$home/releases/$id" >/dev/null; do
+  number=$((number + 1)) id=$tag+$number
+done
+if [ -e "$home/releases/$id" ]; then rm -rf "$next"; else mv "$next" "$home/releases/$id"; fi
+
+before=$(running)
+is_verified "$before" || before=$(earlier)
+# Read by compose before anything is touched: a password that is missing, a setting that it does not take.
+compose "$id" config --quiet || die 2 "compose does not take this release ($home/releases/$id); nothing was changed."
+
+say "Deploying $id to $environment${before:+, where $before is the last good one}."
+say "While the vision server is replaced, port $VISION_SERVICE_PORT does not answer until its models are loaded; jobs are taken and wait."
+record deploy "$id"
+if put_live "$id" && verify_live "$id"; then
+  if [ "$(tail -n 1 "$home/verified")" != "$id" ]; then say "$id" >>"$home/verified"; fi
+  record verified "$id"
+  # Kept is what one can still go back to.
+  tail -n "${DEPLOY_KEEP:-5}" "$home/verified" >"$home/verified.new" && mv "$home/verified.new" "$home/verified"
+  for folder in "$home"/releases/*; do
+    old=${folder##*/}
+    is_verified "$old" || forget "$old"
+  done
+  say "$id is live in $environment, and verified."
+  exit 0
+fi
+
+record failed "$id"
+if [ -z "$before" ]; then
+  say "$id is not good, and nothing was verified in $environment before: it is left running to be looked at." >&2
+  exit 1
+fi
+say "$id is not good: going back to $before." >&2
+if bring_back "$before"; then
+  say "$environment is back at $before, verified. $id was not good: the lines with ✗ above say why." >&2
+  exit 1
+fi
+say "$before is not good either: the cause may be this host (GPU, disk, memory). ai4thai doctor; docs/operations.md; deploy/rollback.sh goes further back." >&2
+exit 3

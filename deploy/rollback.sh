@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Goes back to the last version that was verified before the one that runs; again, and it goes one further back.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+deploy/rollback.sh [--environment NAME] [--list] [TAG]
+
+  TAG             back to this one instead; it must have been verified in this environment
+  --environment   production unless said otherwise (or CI_ENVIRONMENT_NAME)
+  --list          tells what one can go back to, and changes nothing
+
+Needs neither GitLab nor the registry as long as this host still has the images; also lies in every release:
+/var/lib/team10/production/current/deploy/rollback.sh
+
+Ends with 0: back and verified; 1: there is nothing to go back to; 2: nothing was changed; 3: back, but not good either.
+TEXT
+}
+
+environment=${CI_ENVIRONMENT_NAME:-production}
+tag=''
+list=no
+while [ $# -gt 0 ]; do
+  case $1 in
+    --environment) [ $# -ge 2 ] || { echo "--environment needs a name." >&2; exit 2; }; environment=$2; shift ;;
+    --list) list=yes ;;
+    -h | --help) usage; exit 0 ;;
+    -*) echo "Unknown option $1." >&2; usage >&2; exit 2 ;;
+    *) [ -z "$tag" ] || { usage >&2; exit 2; }; tag=$1 ;;
+  esac
+  shift
+done
+# shellcheck source=deploy/ci/release.sh
+. "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/ci/release.sh"
+enter "$environment"
+
+now=$(running)
+if [ $list = yes ]; then
+  say "Runs in $environment: ${now:-nothing}$(is_verified "$now" || echo ' (not verified)')."
+  say "Verified, the newest first:"
+  tac "$home/verified" | sed 's/^/  /'
+  exit 0
+fi
+if [ -n "$tag" ]; then
+  # The tag as it was deployed last: with a number behind it when that was not the first time.
+  target=$(awk -F + -v tag="$tag" '$1 == tag || $0 == tag { last = $0 } END { print last }' "$home/verified")
+  [ -n "$target" ] || die 2 "$tag was never verified in $environment; deploy/rollback.sh --environment $environment --list tells what was." \
+    "To deploy it all the same: deploy/deploy.sh $environment $tag"
+else
+  target=$(earlier)
+  [ -n "$target" ] || die 1 "There is nothing to go back to: ${now:-nothing} runs in $environment, and no version was verified before it." \
+    "A good version must be deployed: deploy/deploy.sh $environment TAG"
+fi
+
+say "Going back from ${now:-nothing} to $target in $environment."
+if bring_back "$target"; then
+  say "$target is live in $environment, and verified."
+  exit 0
+fi
+say "$target is not good either: the cause may be this host (GPU, disk, memory). ai4thai doctor; docs/operations.md; this command once more goes further back." >&2
+exit 3
