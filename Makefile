@@ -28,7 +28,7 @@ $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed ($(PYTHON) was not found): install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@if cmp -s pyproject.toml $(READY); then touch $(READY); else \
-	  echo "Installing into $(VENV); the first time this takes some minutes (about 2 GB)"; \
+	  echo "Installing into $(VENV); the first time this takes some minutes (about 3 GB)"; \
 	  $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]' && \
 	  printf '%s\n' '$(CURDIR)/clients' '$(CURDIR)' >"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ai4thai-source.pth" && \
 	  cp pyproject.toml $(READY); \
