@@ -10,6 +10,8 @@ READY := $(VENV)/.ready
 # protoc finds its plugins (mypy-protobuf) by PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PYTEST_ARGUMENTS ?=
+# Test files at once, each with servers of its own (about 2 GB); most tests wait more than they compute.
+PYTEST_WORKERS ?= 2
 UP_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
 CHAOS_ARGUMENTS ?=
@@ -44,7 +46,7 @@ up: $(READY) ## Starts everything on this machine; Ctrl-C stops it.
 	@$(BIN)/ai4thai up $(UP_ARGUMENTS)
 
 test: $(READY) ## Runs all tests.
-	$(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
+	$(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGUMENTS)
 
 check: $(READY) ## Lints, formats, types, imports, the contract and its stubs.
 	$(BIN)/ruff check .

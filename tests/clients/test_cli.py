@@ -28,7 +28,7 @@ Run = Callable[..., Result]
 def run(vision_server: FakeServer, queue_server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("AI4THAI_VISION_ADDRESS", vision_server.address)
     monkeypatch.setenv("AI4THAI_QUEUE_ADDRESS", queue_server.address)
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "240")
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

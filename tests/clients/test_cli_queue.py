@@ -25,7 +25,7 @@ Run = Callable[..., Result]
 @pytest.fixture
 def run(queue_server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("AI4THAI_QUEUE_ADDRESS", queue_server.address)
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "240")
     monkeypatch.delenv("AI4THAI_CLIENT", raising=False)
     return lambda *arguments, **more: CliRunner().invoke(app, [str(argument) for argument in arguments], **more)
 

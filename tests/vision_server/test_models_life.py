@@ -524,5 +524,6 @@ async def test_cycles_of_the_shipped_detector_under_traffic_fail_no_call_and_lea
         gc.collect()
         assert [type(one()).__name__ for one in were if one()] == ["LoadedDetector", "Detector", "Batcher"]
     assert answered > 16
-    assert sizes_mb[-1] - sizes_mb[0] < 8, sizes_mb  # alone on a machine it moves by half of one
+    # Alone on a machine it moves by half a megabyte, beside other tests by up to nine; weights kept at each load would be 17.
+    assert sizes_mb[-1] - sizes_mb[0] < 12, sizes_mb
     assert threads[-1] <= threads[0] + 1, threads
