@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 
@@ -9,3 +10,5 @@ def pytest_configure() -> None:
     # A shell starts what runs in the background with Ctrl-C ignored, and so would be every process that the tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Workers of pytest-xdist come with a width of their own; what the command line prints is as wide as a test says.
+    os.environ.pop("COLUMNS", None)
