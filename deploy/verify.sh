@@ -173,6 +173,8 @@ if [ "$status" = 000 ]; then
   untried "vision /info" "the vision server does not answer"
 elif [ "$status" = 200 ] && read_answer info; then
   passed "vision /info" "$text"
+elif [ "$status" = 404 ]; then
+  failed "vision /info" "what answers at $vision is no vision server" "--vision HOST:PORT, or VISION_SERVICE_PORT; the queue server is at $queue"
 else
   [ "$status" = 200 ] || text="GET /info says $status"
   failed "vision /info" "$text" "the names in VISION_DETECTOR and VISION_DESCRIBER, access to Hugging Face (HF_TOKEN), room on the disk and the GPU;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ def test_a_port_that_a_stranger_has(ask: Ask) -> None:
         told.failure("ports", f"{port} (vision): taken by process {os.getpid()} (", "VISION_SERVICE_PORT")
         assert len([one for one in told.findings if one["level"] == "ok"]) == 2
         ask("ports", **ports(redis=port)).failure("ports", f"{port} (redis): taken by process", "REDIS_PORT")
+
+
+def test_a_port_that_is_none(ask: Ask) -> None:
+    ask("ports", **ports(queue=99999)).failure(
+        "ports", "99999 (queue): is no port", "Set QUEUE_WORKER_PORT to 1024 – 65535"
+    )
 
 
 def test_ports_that_are_ours(ask: Ask, tmp_path: Path) -> None:
@@ -196,6 +203,16 @@ def test_no_redis(ask: Ask) -> None:
     told = ask("redis", REDIS_URL=f"redis://user:s3cret@127.0.0.1:{port}/0")
     told.failure("redis", "Connection refused", "docker compose ps redis")
     ask("redis", REDIS_URL="redis://:a/b@host").failure("redis", "cannot be read", "%2F for /")
+
+
+def test_a_redis_that_hangs(ask: Ask, tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            told = ask("redis", REDIS_URL=url_of(server))
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+        told.failure("redis", "takes connections, but does not answer", "docker compose restart redis")
 
 
 def test_an_old_redis_with_another_clock_that_cannot_write(ask: Ask) -> None:

@@ -202,6 +202,13 @@ def test_somebody_else_listens_there(platform: Platform) -> None:
     assert "an answer that is not ours: <html>" in found.line("vision /info")
 
 
+def test_the_two_ports_are_mixed_up(platform: Platform) -> None:
+    found = verify(platform.queue.address, platform.queue.address, wait_s=200)
+    assert found.code == 1
+    assert f"what answers at http://{platform.queue.address} is no vision server" in found.line("vision /info")
+    assert "VISION_SERVICE_PORT" in found.output
+
+
 def test_a_check_fails(platform: Platform) -> None:
     check = {"status": "NOT_OK", "detail": "no answer within 2 s", "latency_ms": 2000, "for_seconds": 9}
     detailed = {"status": "NOT_SERVING", "why": [], "draining": False, "services": {}, "checks": {"redis": check}}

@@ -23,6 +23,8 @@ def check_ports(situation: Situation) -> Iterator[Finding]:
 
 
 def _check(situation: Situation, name: str, variable: str, port: int) -> Finding:
+    if not 0 < port < 65536:
+        return Finding("ports", Level.FAILURE, f"{port} ({name}): is no port", f"Set {variable} to 1024 – 65535.")
     host = situation.env.get("SERVING_HOST", "") or "0.0.0.0"
     problem = _taken(host, port)
     if problem == 0:

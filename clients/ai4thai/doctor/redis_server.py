@@ -97,7 +97,11 @@ def check_redis(situation: Situation) -> Iterator[Finding]:
         except redis.AuthenticationError as error:
             yield _refused(situation, url, error)
             return
-        except redis.ConnectionError as error:  # a timeout is one too
+        except redis.TimeoutError as error:
+            cure = "Is its machine out of memory, or its disk full or stuck? Then: docker compose restart redis"
+            yield Finding("redis", Level.FAILURE, f"{shown(url)} takes connections, but does not answer: {error}", cure)
+            return
+        except redis.ConnectionError as error:
             yield _unreached(situation, url, error)
             return
         except redis.RedisError as error:
