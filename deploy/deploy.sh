@@ -7,9 +7,10 @@ usage() {
 deploy/deploy.sh ENVIRONMENT TAG        for example: deploy/deploy.sh production v1.2.0
 
 The images are $CI_REGISTRY_IMAGE/vision:TAG and $CI_REGISTRY_IMAGE/queue:TAG; team10-vision:TAG and team10-queue:TAG of this host
-when CI_REGISTRY_IMAGE is not set. Settings are those of compose.yaml, from the environment. REDIS_PASSWORD_FILE,
-QUEUE_WEBHOOK_SECRET_FILE and HF_TOKEN_FILE name files with secrets, which are copied to the host's folder of the environment;
-those of the last deployment are taken when they are not set.
+when CI_REGISTRY_IMAGE is not set. Settings are those of compose.yaml, from the environment, COMPOSE_PROFILES (cpu or gpu) at least;
+.env is not read: set -a; . ./.env; set +a. REDIS_PASSWORD_FILE, QUEUE_WEBHOOK_SECRET_FILE and HF_TOKEN_FILE name files with secrets,
+which are copied to the host's folder of the environment; those of the last deployment are taken when they are not set. VERIFY_IMAGE
+names a picture to verify with (deploy/verify.sh --help), which goes into the release.
 
   AI4THAI_STATE_DIR   where this host keeps its releases             (/var/lib/team10)
   DEPLOY_WAIT         how long models may take to load, in seconds   (900)
@@ -32,6 +33,10 @@ for program in docker curl python3 flock; do
   command -v $program >/dev/null || die 2 "$program is missing on this machine."
 done
 enter "$1"
+# Compose's default is the CPU with the small models: nobody is to get that in production by having forgotten something.
+[ -n "${COMPOSE_PROFILES:-}" ] ||
+  die 2 "COMPOSE_PROFILES is not set (cpu or gpu). By hand, settings come from the environment, not from .env: set -a; . ./.env; set +a"
+[ -z "${VERIFY_IMAGE:-}" ] || [ -r "$VERIFY_IMAGE" ] || die 2 "The picture $VERIFY_IMAGE (VERIFY_IMAGE) cannot be read."
 umask 022
 
 # The images, by what they are and not by what they are called: a tag can be moved, a digest cannot.
@@ -83,12 +88,16 @@ for settings in vision.env queue.env; do # what compose.yaml reads where there i
   if [ -e "$root/$settings" ]; then cp "$root/$settings" "$next/"; fi
 done
 cp "$root/clients/ai4thai/samples/scene-01.jpg" "$next/clients/ai4thai/samples/"
-for name in $(variables "$next"); do
+if [ -n "${VERIFY_IMAGE:-}" ]; then cp "$VERIFY_IMAGE" "$next/verify-image"; fi
+export COMPOSE_PROJECT_NAME=$project
+for name in COMPOSE_PROJECT_NAME $(variables "$next"); do
   [ -n "${!name:-}" ] || continue
   case ${!name} in *\'* | *$'\n'*) die 2 "$name holds a quote or a line's end, which a release cannot keep." ;; esac
   printf "%s='%s'\n" "$name" "${!name}"
 done >"$next/release.env"
 chmod 600 "$next/release.env"
+# So that a plain `docker compose restart vision` in the release's folder means this release, and not compose.yaml's defaults.
+ln -s release.env "$next/.env"
 
 id=$tag
 number=1
@@ -105,7 +114,7 @@ compose "$id" config --quiet || die 2 "compose does not take this release ($home
 say "Deploying $id to $environment${before:+, where $before is the last good one}."
 say "While the vision server is replaced, port $VISION_SERVICE_PORT does not answer until its models are loaded; jobs are taken and wait."
 record deploy "$id"
-if put_live "$id" && verify_live "$id"; then
+if go_live "$id"; then
   if [ "$(tail -n 1 "$home/verified")" != "$id" ]; then say "$id" >>"$home/verified"; fi
   record verified "$id"
   # Kept is what one can still go back to.

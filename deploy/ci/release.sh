@@ -2,8 +2,9 @@
 # What deploy.sh and rollback.sh share: the releases of one environment on this host, which of them were verified, putting one live.
 #
 #   $AI4THAI_STATE_DIR/ENVIRONMENT/       /var/lib/team10/production, for one
-#     releases/ID/                        a release: compose.yaml, deploy/, and release.env (images by digest, settings)
+#     releases/ID/                        a release: compose.yaml, deploy/, and release.env (images by digest, settings; also as .env)
 #     secrets/                            passwords and tokens, the same for all releases
+#     secrets.live                        the checksums of those that the containers were started with
 #     verified                            the ids of releases that passed deploy/verify.sh here, the newest last
 #     running                             the id of the release that was put live last, good or not
 #     current                             a link to its folder
@@ -22,6 +23,11 @@ enter() {
   [[ $environment =~ ^[a-z][a-z0-9-]*$ ]] || die 2 "An environment is called production or staging, not '$environment'."
   home=${AI4THAI_STATE_DIR:-/var/lib/team10}/$environment
   if ! (umask 077 && mkdir -p "$home") 2>/dev/null || [ ! -w "$home" ]; then
+    local owner
+    if [ -d "${home%/*}" ]; then # somebody has deployed here: what they have must stay theirs, it holds passwords
+      owner=$(stat -c %U "${home%/*}")
+      die 2 "$home cannot be written by $(id -un). ${home%/*} is there and belongs to $owner; run it as $owner: sudo -i -u $owner"
+    fi
     die 2 "$home cannot be written by $(id -un). Once, as root: install -d -o $(id -un) -m 700 ${home%/*}"
   fi
   mkdir -p "$home/releases"
@@ -74,23 +80,29 @@ restarts() {
   docker inspect --format '{{.RestartCount}}' "$project"-{redis,vision,queue,worker} 2>/dev/null | awk '{ n += $1 } END { print n + 0 }'
 }
 
+# The checksums of the secrets that are kept.
+secrets_now() { (cd "$home/secrets" && sha256sum -- *) 2>/dev/null || true; }
+
 # Starts a release in place of what runs; returns before its models are loaded.
 put_live() {
-  local folder=$home/releases/$1
+  local recreate=()
   # Said before it is done: whatever interrupts this, a rollback does not take the new release for the good one.
   say "$1" >"$home/running"
   ln -sfn "releases/$1" "$home/current"
-  compose "$1" up --detach --no-build --remove-orphans redis vision queue || return 1
+  # Compose does not see that a secret's content has changed: Redis would be left running with its old password.
+  [ "$(secrets_now)" = "$(cat "$home/secrets.live" 2>/dev/null)" ] || recreate=(--force-recreate)
+  compose "$1" up --detach --no-build --remove-orphans "${recreate[@]}" redis vision queue || return 1
   # Not along with the others: compose would start it, and return, only when all models are loaded. It waits for them by itself.
-  compose "$1" up --detach --no-build --no-deps worker
+  compose "$1" up --detach --no-build --no-deps "${recreate[@]}" worker
 }
 
 # Runs the release's own verify.sh against it; gives up early when a container starts again and again.
 verify_live() {
-  local folder=$home/releases/$1 before again pid pause=0.1
+  local folder=$home/releases/$1 before again pid pause=0.1 picture=()
   before=$(restarts)
+  [ ! -e "$folder/verify-image" ] || picture=(--image "$folder/verify-image")
   "$folder/deploy/verify.sh" --vision "${DEPLOY_HOST:-localhost}:$(value_in "$1" VISION_SERVICE_PORT)" \
-    --queue "${DEPLOY_HOST:-localhost}:$(value_in "$1" QUEUE_WORKER_PORT)" --wait "${DEPLOY_WAIT:-900}" 9>&- &
+    --queue "${DEPLOY_HOST:-localhost}:$(value_in "$1" QUEUE_WORKER_PORT)" --wait "${DEPLOY_WAIT:-900}" "${picture[@]}" 9>&- &
   pid=$!
   while kill -0 $pid 2>/dev/null; do
     again=$(($(restarts) - before))
@@ -107,31 +119,44 @@ verify_live() {
   wait $pid
 }
 
+# go_live ID: puts a release live and verifies it.
+go_live() {
+  put_live "$1" && verify_live "$1" || return 1
+  # Not earlier: when it has to go back, or is cut off, nobody knows which containers have the new secrets.
+  secrets_now >"$home/secrets.live"
+}
+
 # bring_back ID: puts a verified release live again and verifies it; what was verified after it counts no more.
 bring_back() {
   local id=$1
   [ -f "$home/releases/$id/compose.yaml" ] || { say "$home/releases/$id is gone: it cannot be brought back."; return 1; }
   record back-to "$id"
-  put_live "$id" && verify_live "$id" || return 1
+  go_live "$id" || return 1
   awk -v id="$id" '{ ids[NR] = $0 } $0 == id { at = NR } END { for (n = 1; n <= at; n++) print ids[n] }' "$home/verified" >"$home/verified.new"
   mv "$home/verified.new" "$home/verified"
   record verified "$id"
 }
 
-# forget ID: removes a release that one cannot go back to, and its images, unless another release of this host has them.
+# forget ID: removes a release that one cannot go back to, and its images, unless another release of this host or a container has them.
 forget() {
-  local name image
+  local name image file names=() others
   # Compose leaves a container alone that has not changed (Redis, for one): it goes on with the files of the release that made it, and
   # could not be started again without them.
   if docker inspect --format '{{range .Mounts}}{{println .Source}}{{end}}' "$project"-{redis,vision,queue,worker} 2>/dev/null |
     grep -qF "$home/releases/$1/"; then
     return
   fi
+  others=$(for file in "${home%/*}"/*/releases/*/release.env; do
+    [ "$file" = "$home/releases/$1/release.env" ] || cat "$file"
+  done)
   for name in VISION_IMAGE QUEUE_IMAGE; do
     image=$(value_in "$1" $name)
-    if [ "$(cat "${home%/*}"/*/releases/*/release.env | grep -cF "='$image'")" -le 1 ]; then
-      docker image rm "$image" >/dev/null 2>&1 || true # not when something runs it
-    fi
+    # By all its names: as long as one is left (the tag that was pulled), Docker keeps the image.
+    mapfile -t names < <(docker image inspect "$image" 2>/dev/null \
+      --format '{{range .RepoTags}}{{println .}}{{end}}{{range .RepoDigests}}{{println .}}{{end}}' | grep .)
+    ! grep -qF -f <(printf "='%s'\n" "$image" "${names[@]}") <<<"$others" || continue
+    [ ${#names[@]} -gt 0 ] && [ -z "$(docker ps --all --quiet --filter "ancestor=$image")" ] || continue
+    docker image rm "${names[@]}" >/dev/null 2>&1 || true
   done
   rm -rf "$home/releases/$1"
 }

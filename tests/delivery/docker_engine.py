@@ -70,7 +70,9 @@ class Project(composing.Composition):
         self.containers = {}
         self.made_of: dict[str, tuple[str, str]] = {}
 
-    def up(self, model: dict[str, Any], names: list[str], images: Mapping[str, Image], *, alone: bool) -> list[str]:  # type: ignore[override]
+    def up(  # type: ignore[override]
+        self, model: dict[str, Any], names: list[str], images: Mapping[str, Image], *, alone: bool, recreate: bool
+    ) -> list[str]:
         """Starts or replaces what has changed, in the order of need; tells which."""
         self.model = model
         changed = []
@@ -81,7 +83,7 @@ class Project(composing.Composition):
             asked = {key: value for key, value in service.items() if key not in ("build", "depends_on")}
             made_of = json.dumps(asked, sort_keys=True), image.digest if image else service["image"]
             old = self.containers.get(name)
-            if old is not None and self.made_of[name] == made_of:
+            if old is not None and self.made_of[name] == made_of and not (recreate and name in names):
                 continue
             for needed, dependency in {} if alone else service.get("depends_on", {}).items():
                 self._wait(needed, dependency)
@@ -137,6 +139,8 @@ class Engine:
         self.projects: dict[str, Project] = {}
         self.mounts: list[str] = []
         """The host's files that running containers have mounted, as a test says."""
+        self.used: list[str] = []
+        """The images of containers that a person has started, as a test says."""
         self.away = False
         """Whether the registry does not answer."""
         self._lite = dict(lite or {})
@@ -270,13 +274,29 @@ class Engine:
         return f"{ref}\n"
 
     def _image_inspect(self, words: list[str], told: dict[str, Any]) -> str:
-        ref = words[-1]
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        parser.add_argument("--format", default="")
+        parser.add_argument("ref")
+        asked = parser.parse_args(words)
+        ref = asked.ref
         if ref not in self.host:
             raise Said(f"Error: No such image: {ref}")
-        return f"{ref.rpartition(':')[0]}@{self.host[ref].digest}\n"
+        names = [name for name, image in self.host.items() if image.digest == self.host[ref].digest]
+        tags = [name for name in names if "@" not in name and "RepoTags" in asked.format]
+        return "".join(f"{name}\n" for name in [*tags, *(name for name in names if "@" in name)])
 
     def _image_rm(self, words: list[str], told: dict[str, Any]) -> None:
-        self.host.pop(words[-1], None)
+        # Of a name at a time: the image is there as long as it has one.
+        missing = [name for name in words if self.host.pop(name, None) is None]
+        if missing:
+            raise Said(f"Error: No such image: {', '.join(missing)}")
+
+    def _ps(self, words: list[str], told: dict[str, Any]) -> str:
+        assert words[:-1] == ["--all", "--quiet", "--filter"], words
+        asked = self.host[words[-1].removeprefix("ancestor=")].digest
+        containers = [container for project in self.projects.values() for container in project.containers.values()]
+        used = [*self.used, *(container.service["image"] for container in containers)]
+        return "".join(f"{name}\n" for name in used if name in self.host and self.host[name].digest == asked)
 
     def _inspect(self, words: list[str], told: dict[str, Any]) -> str:
         if "Mounts" in words[1]:
@@ -306,9 +326,8 @@ class Engine:
             running = self.projects[asked.project_name].containers.values()
             return "".join(f"{container.name} | {container.log_tail()}\n" for container in running)
         flags = [word for word in asked.rest if word.startswith("--")]
-        assert (
-            {"--detach", "--no-build"} <= set(flags) <= {"--detach", "--no-build", "--remove-orphans", "--no-deps"}
-        ), flags
+        needed, known = {"--detach", "--no-build"}, {"--remove-orphans", "--no-deps", "--force-recreate"}
+        assert needed <= set(flags) <= needed | known, flags
         services = [word for word in asked.rest if not word.startswith("--")]
         model = json.loads(done.stdout)
         for name in services:
@@ -319,9 +338,9 @@ class Engine:
         project = self.projects.get(asked.project_name)
         if project is None:
             project = self.projects[asked.project_name] = Project(self._folder / asked.project_name)
-        return "".join(
-            f"{name} started\n" for name in project.up(model, services, self.host, alone="--no-deps" in flags)
-        )
+        alone, recreate = "--no-deps" in flags, "--force-recreate" in flags
+        changed = project.up(model, services, self.host, alone=alone, recreate=recreate)
+        return "".join(f"{name} started\n" for name in changed)
 
     def stop(self, project: str) -> None:
         """Ends a project's processes, to have room for others."""

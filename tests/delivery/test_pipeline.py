@@ -215,8 +215,8 @@ class Site:
         self.ports = {"staging": Ports.free(), "production": Ports.free()}
         self.engine = engine
         self.state = folder / "state"
-        secret = folder / "redis-password.txt"
-        secret.write_text(PASSWORD)
+        self.secret = folder / "redis-password.txt"
+        self.secret.write_text(PASSWORD)
         self.runner = Runner(folder / "jobs", engine)
         self.runner.variables["*"] = {"AI4THAI_STATE_DIR": str(self.state), "DEPLOY_WAIT": "400"}
         for name, ports in self.ports.items():
@@ -224,7 +224,7 @@ class Site:
                 "VISION_SERVICE_PORT": str(ports.vision),
                 "QUEUE_WORKER_PORT": str(ports.queue),
                 "REDIS_PORT": str(ports.redis),
-                "REDIS_PASSWORD_FILE": str(secret),
+                "REDIS_PASSWORD_FILE": str(self.secret),
                 "COMPOSE_PROFILES": "cpu",  # there is no GPU here
             }
 
@@ -340,6 +340,9 @@ class TestEveryJob:
 
     def test_a_broken_version_goes_back_by_itself(self, site: Site) -> None:
         site.engine.push(REGISTRY, "b" * 40, site.engine.versions["b" * 40])
+        # Redis is to have the new password, too, though nothing else about it has changed.
+        site.secret.write_text(f"{PASSWORD}-another")
+        redis = site.engine.container("team10-redis")
 
         ended = site.run(on_tag("v2", "b" * 40), start=("deploy-production",))
 
@@ -350,6 +353,7 @@ class TestEveryJob:
         assert "production is back at v1, verified" in output
         assert site.running("production") == "v1"
         assert [model["name"] for model in site.vision("production")["models"]] == ["shapes-detector"]
+        assert site.engine.container("team10-redis") is not redis
 
     def test_a_version_that_is_bad_in_use_is_taken_back_by_hand(self, site: Site) -> None:
         site.engine.push(REGISTRY, "c" * 40, site.engine.versions["c" * 40])

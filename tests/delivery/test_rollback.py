@@ -7,6 +7,7 @@ verify.sh that is deployed along says what the test says of the version.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.delivery.docker_engine import Engine, Version
+from tests.delivery.docker_engine import Engine, Image, Version
 from tests.processes import ROOT
 
 REGISTRY = "registry.example/team10"
@@ -35,6 +36,8 @@ class RecordingEngine(Engine):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.live: list[str] = []
+        self.recreated: list[str] = []
+        """The releases for which every container was made anew, changed or not."""
         self.restarts = 0
         """By how many each look at a container finds it started again."""
         self._looks = 0
@@ -43,6 +46,8 @@ class RecordingEngine(Engine):
         release = Path(words[words.index("--env-file") + 1])
         if "up" in words and "worker" not in words:
             self.live.append(release.parent.name)
+        if "--force-recreate" in words and "worker" in words:
+            self.recreated.append(release.parent.name)
         return "team10-vision | ImportError: last words\n" if "logs" in words else ""
 
     def _inspect(self, words: list[str], told: dict[str, Any]) -> str:
@@ -83,11 +88,21 @@ class Host:
             "HOME": str(self.state),
             "AI4THAI_STATE_DIR": str(self.state),
             "CI_REGISTRY_IMAGE": REGISTRY,
+            "COMPOSE_PROFILES": "cpu",
             "BAD_VERSIONS": str(self.bad),
             **variables,
         }
         command = [self.root / "deploy" / script, *arguments]
         return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=100, check=False)
+
+    def plain_compose(self, environment: str) -> dict[str, Any]:
+        """What the real compose makes of the release that is live, in its folder and told nothing."""
+        current = self.state / environment / "current"
+        command = [str(Path(sys.executable).with_name("docker-compose")), "config", "--format", "json"]
+        env = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PWD": str(current)}
+        done = subprocess.run(command, cwd=current, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
 
     def verified(self, environment: str = "production") -> list[str]:
         return (self.state / environment / "verified").read_text().split()
@@ -241,6 +256,43 @@ class TestWhatARelease:
         host.rollback()
         assert (host.state / "production/current/release.env").read_text() == before
 
+    def test_is_what_plain_compose_means_in_its_folder(self, host: Host, tmp_path: Path) -> None:
+        password = tmp_path / "password"
+        password.write_text("secret")
+        given = {"REDIS_PASSWORD_FILE": str(password), "COMPOSE_PROFILES": "gpu", "CUDA_VISIBLE_DEVICES": "7"}
+        host.deploy("v1", **given)
+        # A name that a person has in .env for something else is not the environment's.
+        host.deploy("v2", "staging", COMPOSE_PROJECT_NAME="mine")
+
+        production, staging = host.plain_compose("production"), host.plain_compose("staging")
+
+        assert (production["name"], staging["name"]) == ("team10", "team10-staging")
+        assert production["services"]["vision"]["container_name"] == "team10-vision"
+        assert staging["services"]["vision"]["container_name"] == "team10-staging-vision"
+        (device,) = production["services"]["vision"]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["device_ids"] == ["7"]
+        assert "reservations" not in staging["services"]["vision"]["deploy"]["resources"]
+        for environment, tag, model in (("production", "v1", production), ("staging", "v2", staging)):
+            digest = host.engine.registry[f"{REGISTRY}/queue:{tag}"].digest
+            assert model["services"]["queue"]["image"] == f"{REGISTRY}/queue@{digest}", environment
+        kept = host.state / "production/secrets/redis_password"
+        assert production["secrets"]["redis_password"]["file"] == str(kept)
+        # Found again wherever the host's folder is copied to.
+        assert (host.state / "production/current/.env").readlink() == Path("release.env")
+
+    def test_has_the_picture_that_it_is_verified_with(self, host: Host, tmp_path: Path) -> None:
+        picture = tmp_path / "picture.jpg"
+        picture.write_bytes(b"ours")
+        host.deploy("v1", VERIFY_IMAGE=str(picture))
+        picture.unlink()
+        assert "--image" not in host.deploy("v2").stdout
+
+        back = host.rollback()
+
+        kept = host.state / "production/releases/v1/verify-image"
+        assert back.returncode == 0 and f"--image {kept}" in back.stdout
+        assert kept.read_bytes() == b"ours"
+
     def test_can_be_left_without_a_checkout(self, host: Host) -> None:
         host.deploy("v1")
         host.deploy("v2")
@@ -255,7 +307,23 @@ class TestWhatARelease:
             host.deploy(tag, DEPLOY_KEEP="2")
         assert host.verified() == ["v2", "v3"]
         assert sorted(path.name for path in (host.state / "production/releases").iterdir()) == ["v2", "v3"]
-        assert f"{REGISTRY}/vision@{first}" not in host.engine.host
+        assert not [name for name, image in host.engine.host.items() if image.digest == first], "a name keeps the image"
+        assert {name for name in host.engine.host if "@" not in name} == {
+            f"{REGISTRY}/{name}:{tag}" for name in ("vision", "queue") for tag in ("v2", "v3")
+        }
+
+    def test_leaves_an_image_that_another_has_by_another_name(self, host: Host) -> None:
+        # Built on this host, so known by its tags; both versions have the same image of the queue server.
+        for tag in ("v1", "v2", "v3"):
+            for name in ("vision", "queue"):
+                host.engine.host[f"team10-{name}:{tag}"] = Image(f"sha256:{name if name == 'queue' else tag}", {})
+        host.engine.used = ["team10-vision:v2"]
+        for tag in ("v1", "v2", "v3"):
+            assert host.deploy(tag, CI_REGISTRY_IMAGE="", DEPLOY_KEEP="1").returncode == 0
+        assert {name for name in host.engine.host if "vision" in name} == {"team10-vision:v2", "team10-vision:v3"}
+        assert {name for name in host.engine.host if "queue" in name} == {
+            f"team10-queue:v{number}" for number in (1, 2, 3)
+        }
 
     def test_is_kept_as_long_as_a_container_has_its_files(self, host: Host) -> None:
         host.deploy("v1", DEPLOY_KEEP="1")
@@ -277,6 +345,39 @@ class TestWhatARelease:
         assert "VISION_SERVICE_PORT='3001'" in release and "CONTAINER_PREFIX='team10-staging'" in release
 
 
+class TestAnotherPassword:
+    """Compose does not see it, and would leave a Redis running that has the old one."""
+
+    @pytest.fixture
+    def password(self, host: Host, tmp_path: Path) -> Path:
+        password = tmp_path / "password"
+        password.write_text("old")
+        assert host.deploy("v1", REDIS_PASSWORD_FILE=str(password)).returncode == 0
+        assert host.deploy("v2", REDIS_PASSWORD_FILE=str(password)).returncode == 0
+        host.engine.recreated.clear()
+        password.write_text("new")
+        return password
+
+    def test_makes_all_containers_anew_once(self, host: Host, password: Path) -> None:
+        assert host.deploy("v3", REDIS_PASSWORD_FILE=str(password)).returncode == 0
+        assert host.engine.recreated == ["v3"]
+        host.rollback()
+        assert (host.running(), host.engine.recreated) == ("v2", ["v3"])
+
+    def test_also_when_it_goes_back(self, host: Host, password: Path) -> None:
+        host.is_bad("v3")
+        assert host.deploy("v3", REDIS_PASSWORD_FILE=str(password)).returncode == 1
+        assert host.engine.recreated == ["v3", "v2"]
+        host.is_bad()
+        host.deploy("v3", REDIS_PASSWORD_FILE=str(password))
+        assert host.engine.recreated == ["v3", "v2"]
+
+    def test_also_when_the_deployment_that_brought_it_was_cut_off(self, host: Host, password: Path) -> None:
+        (host.state / "production/secrets/redis_password").write_text("new")
+        assert host.rollback("v1").returncode == 0
+        assert host.engine.recreated == ["v1"]
+
+
 class TestRefused:
     """Before anything is touched: exit code 2."""
 
@@ -292,6 +393,18 @@ class TestRefused:
         done = host.deploy("v1", REDIS_PASSWORD_FILE="the-password-itself")
         self.refused(host, done, "In GitLab its type must be File.")
         assert "the-password-itself" not in done.stdout + done.stderr
+
+    def test_a_deployment_without_settings(self, host: Host) -> None:
+        done = host.deploy("v1", COMPOSE_PROFILES="")
+        self.refused(
+            host, done, "COMPOSE_PROFILES is not set (cpu or gpu). By hand, settings come from the environment"
+        )
+        assert host.engine.calls == []
+
+    def test_a_picture_that_is_not_there(self, host: Host) -> None:
+        self.refused(
+            host, host.deploy("v1", VERIFY_IMAGE="no.jpg"), "The picture no.jpg (VERIFY_IMAGE) cannot be read."
+        )
 
     def test_a_setting_that_cannot_be_kept(self, host: Host) -> None:
         self.refused(host, host.deploy("v1", VISION_DETECTOR="it's"), "VISION_DETECTOR holds a quote")
@@ -311,3 +424,9 @@ class TestRefused:
     def test_a_state_folder_that_cannot_be_written(self, host: Host) -> None:
         host.state.write_text("a file in its place")
         self.refused(host, host._run("rollback.sh", HOME="/"), "Once, as root: install -d")
+
+    def test_a_state_folder_of_somebody_else(self, host: Host) -> None:
+        host.state.mkdir()
+        (host.state / "production").write_text("no folder, so that nobody can write there")
+        owner = host.state.owner()
+        self.refused(host, host._run("rollback.sh", HOME="/"), f"belongs to {owner}; run it as {owner}: sudo -i")
