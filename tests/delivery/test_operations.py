@@ -12,6 +12,7 @@ import yaml
 
 from tests.delivery.runbook import SITUATIONS, Block, Platform, blocks_of
 from tests.processes import ROOT
+from tests.programs import needed
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text("utf-8")
 PAGES = {
@@ -32,6 +33,8 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 
 @pytest.mark.parametrize(("situation", "blocks"), GROUPS, ids=[f"{name} {i}" for i, (name, _) in enumerate(GROUPS)])
 def test_commands_print_what_the_runbook_says(situation: str, blocks: list[Block], platform: Platform) -> None:
+    if any(re.search(r"\bcurl ", block.code) for block in blocks):
+        needed("curl")
     with SITUATIONS[situation](platform) as variables:
         for block in blocks:
             done = platform.run(block, variables)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from PIL import ImageFont, features
 
+from tests import programs
 from tests.end_to_end.pictures import foreign
 from vision_server import annotate as module
 from vision_server import torchvision_ops
@@ -124,7 +125,8 @@ def test_the_font_has_thai_and_latin_letters_and_sets_marks_above_each_other() -
     ]
     assert not [letter for letter in letters if bytes(font.getmask(letter)) == missing]
     # Pillow needs libfribidi on the machine to place marks; without it a tone mark is drawn over the vowel.
-    assert features.check("raqm"), "install libfribidi (Debian: libfribidi0)"
+    if not features.check("raqm"):
+        programs.missing("libfribidi (Debian: libfribidi0)")
     assert font.getbbox("ที่")[1] < font.getbbox("ที")[1]
     assert font.getlength("ที่") == font.getlength("ท")
 
