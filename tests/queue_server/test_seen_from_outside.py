@@ -246,7 +246,7 @@ async def test_depth_checks_and_metrics(
 
         wanted = {"redis", "workers", "sweeper", "webhooks"}
         async with asyncio.timeout(15):
-            while not wanted <= set((await web.get("/health/detailed")).json()["checks"]):
+            while not wanted <= set((await web.get("/health/detailed")).json()["checks"]):  # noqa: ASYNC110  # nobody tells
                 await asyncio.sleep(0.05)
         detailed = await web.get("/health/detailed")
         checks = detailed.json()["checks"]
