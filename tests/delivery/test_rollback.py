@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests import programs
 from tests.delivery.docker_engine import Engine, Image, Version
 from tests.processes import ROOT
 
@@ -113,6 +114,7 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
+    programs.needed("curl")
     root = tmp_path / "checkout"
     (root / "deploy").mkdir(parents=True)
     for name in ("compose.yaml", "clients"):
