@@ -29,6 +29,9 @@ from serving.web import build_app
 
 _log = logs.get_logger("process")
 
+# What Linux takes for a Unix socket's path (sun_path of unix(7) has 108 bytes, the last of them 0).
+_SOCKET_PATH_BYTES = 107
+
 
 class Service(Protocol):
     """What a server hands to run()."""
@@ -85,6 +88,15 @@ async def _serve(service: Service, serving: ServingSettings, port: int, settings
     # grpcio listens on a socket of its own that nobody else can reach; the listener relays to it.
     with tempfile.TemporaryDirectory(prefix=f"{service.name}-") as folder:
         grpc_socket = Path(folder) / "grpc"
+        if (size_bytes := len(os.fsencode(grpc_socket))) > _SOCKET_PATH_BYTES:
+            _log.error(
+                "the temporary directory's path is too long for a Unix socket",
+                path=str(grpc_socket),
+                size_bytes=size_bytes,
+                limit_bytes=_SOCKET_PATH_BYTES,
+                cure="Set TMPDIR to a shorter one, such as /tmp.",
+            )
+            return 1
         server = build_server(service.add_to, service.service_names, service.domain, health, serving)
         server.add_insecure_port(f"unix:{grpc_socket}")
         channel = grpc.aio.insecure_channel(f"unix:{grpc_socket}", options=channel_options(serving.max_message_bytes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
+from pathlib import Path
 
 import grpc
 import httpx
@@ -81,6 +82,14 @@ def test_a_taken_port_is_told_and_exits_1() -> None:
         with ServerProcess("tests.serving.echo_server", str(taken.getsockname()[1])) as server:
             assert server.wait() == 1
         assert any("cannot listen" in line for line in server.lines)
+
+
+def test_a_temporary_directory_with_too_long_a_path_is_told_and_exits_1(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    with ServerProcess("tests.serving.echo_server", "0", env={"TMPDIR": str(long)}) as server:
+        assert server.wait() == 1
+    assert any("too long for a Unix socket" in line and "Set TMPDIR" in line for line in server.lines)
 
 
 def test_settings_are_shown_without_secrets() -> None:
