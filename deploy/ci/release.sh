@@ -91,7 +91,8 @@ put_live() {
   ln -sfn "releases/$1" "$home/current"
   # Compose does not see that a secret's content has changed: Redis would be left running with its old password.
   [ "$(secrets_now)" = "$(cat "$home/secrets.live" 2>/dev/null)" ] || recreate=(--force-recreate)
-  compose "$1" up --detach --no-build --remove-orphans "${recreate[@]}" redis vision queue || return 1
+  # Without --remove-orphans: monitoring and the edge are of this project too, from files that no release has.
+  compose "$1" up --detach --no-build "${recreate[@]}" redis vision queue || return 1
   # Not along with the others: compose would start it, and return, only when all models are loaded. It waits for them by itself.
   compose "$1" up --detach --no-build --no-deps "${recreate[@]}" worker
 }

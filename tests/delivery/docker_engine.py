@@ -326,7 +326,7 @@ class Engine:
             running = self.projects[asked.project_name].containers.values()
             return "".join(f"{container.name} | {container.log_tail()}\n" for container in running)
         flags = [word for word in asked.rest if word.startswith("--")]
-        needed, known = {"--detach", "--no-build"}, {"--remove-orphans", "--no-deps", "--force-recreate"}
+        needed, known = {"--detach", "--no-build"}, {"--no-deps", "--force-recreate"}
         assert needed <= set(flags) <= needed | known, flags
         services = [word for word in asked.rest if not word.startswith("--")]
         model = json.loads(done.stdout)
