@@ -18,7 +18,7 @@ from typing import Any
 from serving import telemetry
 from serving.http1 import Http
 from serving.logs import get_logger
-from serving.relay import CHUNK_BYTES, Relay
+from serving.relay import CHUNK_BYTES, LINGER_SECONDS, Relay
 from serving.settings import ServingSettings
 
 _log = get_logger("listener")
@@ -36,6 +36,7 @@ class Listener:
         self._serving, self._wanted_port, self._grpc_socket, self._http = serving, port, grpc_socket, http
         self._undecided: dict[socket.socket, asyncio.TimerHandle] = {}
         self._relays: set[Relay] = set()
+        self._relay_gone = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = count(1)
         self._buffer = memoryview(bytearray(CHUNK_BYTES))
@@ -67,8 +68,13 @@ class Listener:
         for sock in list(self._undecided):
             self._drop(sock, "draining")
 
-    def cut(self) -> None:
-        """Closes the relays that remain."""
+    async def finish(self) -> None:
+        """Once gRPC has stopped: lets its last words reach the callers, for at most LINGER_SECONDS, then closes all relays."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while self._relays:
+                    self._relay_gone.clear()
+                    await self._relay_gone.wait()
         for relay in list(self._relays):
             relay.close()
 
@@ -174,6 +180,7 @@ class Listener:
     def _relay_closed(self, relay: Relay) -> None:
         if relay in self._relays:
             self._relays.remove(relay)
+            self._relay_gone.set()
             telemetry.CONNECTIONS.labels("grpc").dec()
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:

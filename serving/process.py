@@ -150,7 +150,7 @@ async def _drain(
     service.drain()
     await asyncio.gather(server.stop(serving.drain_seconds), http.stop(serving.drain_seconds))
     await channel.close()
-    listener.cut()
+    await listener.finish()
     await service.stop()
     await health.stop()
 

@@ -8,10 +8,15 @@ from collections.abc import Callable
 
 CHUNK_BYTES = 1 << 20
 _READS_A_TURN = 4
+# How long a caller may go on sending once gRPC has ended the connection: enough for the last words to arrive anywhere.
+LINGER_SECONDS = 5.0
 
 
 class Relay:
-    """Joins `front` and `back` until both have ended; half-close is passed on.
+    """Joins `front`, the caller, and `back`, gRPC, until both have ended; half-close is passed on.
+
+    When gRPC ends first, its last words still reach a caller who goes on sending: what he sends is read and thrown away, for at
+    most LINGER_SECONDS, since closing a TCP socket with unread bytes resets it, and a reset destroys what was on its way to him.
 
     A slow reader stops the reading on the other side (backpressure), so memory stays below two chunks. `buffer` may be
     shared by all relays of a loop: nothing stays in it between two callbacks.
@@ -29,23 +34,51 @@ class Relay:
         self._sockets = (front, back)
         self._on_closed = on_closed
         self._open = True
-        self._pumps = (_Pump(self, loop, front, back, buffer), _Pump(self, loop, back, front, buffer))
+        self._inward, self._outward = _Pump(self, loop, front, back, buffer), _Pump(self, loop, back, front, buffer)
+        self._linger: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begins to carry."""
-        for pump in self._pumps:
-            pump.start()
+        self._inward.start()
+        self._outward.start()
 
     def ended(self) -> None:
-        """One direction has ended; closes once both have."""
-        if all(pump.done for pump in self._pumps):
+        """One direction has ended; closes once both have, or the caller has lingered."""
+        if not self._outward.done:
+            return
+        if self._inward.done:
             self.close()
+        else:
+            self._throw_away_what_comes()
+
+    def sink_lost(self, pump: _Pump) -> None:
+        """The socket that `pump` writes to is gone. gRPC has left last words there; a caller who is gone wants nothing any more."""
+        if pump is self._inward:
+            self._throw_away_what_comes()
+        else:
+            self.close()
+
+    def source_lost(self, pump: _Pump) -> None:
+        """The socket that `pump` reads is gone, and all that was in it has been read."""
+        if pump is self._outward:
+            pump.finish()
+        else:
+            self.close()
+
+    def _throw_away_what_comes(self) -> None:
+        if not self._open:
+            return
+        self._inward.discard()
+        if self._linger is None:
+            self._linger = self._loop.call_later(LINGER_SECONDS, self.close)
 
     def close(self) -> None:
         """Closes both sockets at once."""
         if not self._open:
             return
         self._open = False
+        if self._linger is not None:
+            self._linger.cancel()
         for sock in self._sockets:
             self._loop.remove_reader(sock)
             self._loop.remove_writer(sock)
@@ -66,10 +99,29 @@ class _Pump:
     ) -> None:
         self._relay, self._loop, self._source, self._sink, self._buffer = relay, loop, source, sink, buffer
         self._rest = memoryview(b"")
+        self._discarding = False
         self.done = False
 
     def start(self) -> None:
         self._loop.add_reader(self._source, self._readable)
+
+    def discard(self) -> None:
+        """Reads on, and throws away what it reads."""
+        self._discarding = True
+        if self._rest:
+            self._rest = memoryview(b"")
+            self._loop.remove_writer(self._sink)
+            self._loop.add_reader(self._source, self._readable)
+
+    def finish(self) -> None:
+        """Passes on that the source has ended."""
+        self.done = True
+        self._loop.remove_reader(self._source)
+        try:
+            self._sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._relay.sink_lost(self)
+        self._relay.ended()
 
     def _readable(self) -> None:
         # Until there is nothing more: when a peer's last bytes and its reset come together, libuv reports the socket once and
@@ -80,10 +132,10 @@ class _Pump:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
-                self._relay.close()
+                self._relay.source_lost(self)
                 return
             if count == 0:
-                self._finish()
+                self.finish()
                 return
             sent = self._send(self._buffer[:count])
             if sent < 0:
@@ -108,21 +160,12 @@ class _Pump:
             self._loop.add_reader(self._source, self._readable)
 
     def _send(self, data: memoryview) -> int:
-        """Bytes sent, 0 when the sink is full, -1 when it is gone (and the relay closed)."""
-        try:
-            return self._sink.send(data)
-        except (BlockingIOError, InterruptedError):
-            return 0
-        except OSError:
-            self._relay.close()
-            return -1
-
-    def _finish(self) -> None:
-        self.done = True
-        self._loop.remove_reader(self._source)
-        try:
-            self._sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._relay.close()
-            return
-        self._relay.ended()
+        """Bytes sent or thrown away, 0 when the sink is full, -1 when the relay is closed, the sink being gone."""
+        if not self._discarding:
+            try:
+                return self._sink.send(data)
+            except (BlockingIOError, InterruptedError):
+                return 0
+            except OSError:
+                self._relay.sink_lost(self)
+        return len(data) if self._discarding else -1

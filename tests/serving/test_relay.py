@@ -1,13 +1,16 @@
-"""The relay notices every way in which a peer can leave."""
+"""The relay notices every way in which a peer can leave, and what the server said last arrives all the same."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import struct
+from collections.abc import Iterator
 
+import pytest
 import uvloop
 
+from serving import relay
 from serving.relay import CHUNK_BYTES, Relay
 
 
@@ -44,3 +47,90 @@ def test_last_words_and_a_reset_that_come_at_once_end_the_relay() -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         _, ended = runner.run(leave(b"goodbye"))
     assert ended
+
+
+class Joined:
+    """A relay with a caller at its front and a server at its back."""
+
+    def __init__(self) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.caller = socket.create_connection(self._listening.getsockname())
+        front, _ = self._listening.accept()
+        back, self.server = socket.socketpair()
+        for sock in (self.caller, front, back, self.server):
+            sock.setblocking(False)
+        self.closed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        Relay(loop, front, back, memoryview(bytearray(CHUNK_BYTES)), lambda _: self.closed.set()).start()
+
+    def close(self) -> None:
+        for sock in (self.caller, self.server, self._listening):
+            sock.close()
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        yield runner
+
+
+def test_the_last_words_of_a_server_reach_a_caller_who_goes_on_sending(runner: asyncio.Runner) -> None:
+    """As a camera does whose stream the draining server ends: a reset would destroy the reason on its way."""
+    last_words = b"draining" * 20_000
+
+    async def read_all(joined: Joined) -> bytes:
+        loop = asyncio.get_running_loop()
+        received = b""
+        while chunk := await loop.sock_recv(joined.caller, CHUNK_BYTES):
+            received += chunk
+            await loop.sock_sendall(joined.caller, b"frame" * 100)
+            await asyncio.sleep(0.005)  # a slow reader: the server has been gone for long when it comes to the end
+        return received
+
+    async def scene() -> bytes:
+        joined = Joined()
+        await asyncio.sleep(0.05)
+        # Nothing is awaited here: the loop sees at once that the server is gone and that there is more for it.
+        joined.caller.send(b"frame" * 1_000)
+        joined.server.send(last_words)
+        joined.server.close()
+        joined.caller.send(b"frame" * 1_000)
+        async with asyncio.timeout(5):
+            received = await read_all(joined)
+            joined.caller.close()
+            await joined.closed.wait()
+        joined.close()
+        return received
+
+    assert runner.run(scene()) == last_words
+
+
+def test_a_caller_who_never_leaves_is_left(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "LINGER_SECONDS", 0.2)
+
+    async def scene() -> None:
+        joined = Joined()
+        joined.server.close()
+        async with asyncio.timeout(5):
+            await joined.closed.wait()
+        joined.close()
+
+    runner.run(scene())
+
+
+def test_a_server_that_is_gone_while_much_waits_for_it_ends_the_relay(runner: asyncio.Runner) -> None:
+    async def scene() -> None:
+        joined = Joined()
+        loop = asyncio.get_running_loop()
+        sending = asyncio.create_task(loop.sock_sendall(joined.caller, bytes(16 * CHUNK_BYTES)))
+        await asyncio.sleep(0.1)  # until the server's buffer is full and the relay holds a rest
+        assert not sending.done()
+        joined.server.close()
+        async with asyncio.timeout(5):
+            await sending
+            assert await loop.sock_recv(joined.caller, 1) == b"", "the end, no reset"
+            joined.caller.close()
+            await joined.closed.wait()
+        joined.close()
+
+    runner.run(scene())
