@@ -52,7 +52,7 @@ class Relay:
             self._throw_away_what_comes()
 
     def sink_lost(self, pump: _Pump) -> None:
-        """The socket that `pump` writes to is gone. gRPC has left last words there; a caller who is gone wants nothing any more."""
+        """The socket that `pump` writes to is gone: gRPC may have left last words there, a caller who is gone wants none."""
         if pump is self._inward:
             self._throw_away_what_comes()
         else:
