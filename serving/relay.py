@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import select
 import socket
+import struct
+import termios
 from collections.abc import Callable
 
 CHUNK_BYTES = 1 << 20
 _READS_A_TURN = 4
-# How long a caller may go on sending once gRPC has ended the connection: enough for the last words to arrive anywhere.
+# How long a caller may go on sending, or read nothing, once gRPC has ended the connection; and how often a relay that is held up
+# looks whether somebody is gone.
 LINGER_SECONDS = 5.0
 
 
 class Relay:
     """Joins `front`, the caller, and `back`, gRPC, until both have ended; half-close is passed on.
 
-    When gRPC ends first, its last words still reach a caller who goes on sending: what he sends is read and thrown away, for at
-    most LINGER_SECONDS, since closing a TCP socket with unread bytes resets it, and a reset destroys what was on its way to him.
+    When gRPC ends first, its last words still reach a caller who goes on sending: what he sends is read and thrown away, since
+    closing a TCP socket with unread bytes resets it, and a reset destroys what was on its way to him. It is over when he closes,
+    or has taken nothing for LINGER_SECONDS.
 
     A slow reader stops the reading on the other side (backpressure), so memory stays below two chunks. `buffer` may be
     shared by all relays of a loop: nothing stays in it between two callbacks.
@@ -35,7 +41,7 @@ class Relay:
         self._on_closed = on_closed
         self._open = True
         self._inward, self._outward = _Pump(self, loop, front, back, buffer), _Pump(self, loop, back, front, buffer)
-        self._linger: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begins to carry."""
@@ -49,12 +55,17 @@ class Relay:
         if self._inward.done:
             self.close()
         else:
-            self._throw_away_what_comes()
+            self._linger()
+
+    def held_up(self) -> None:
+        """A sink is full, so its source is not read, and does not tell when it is gone."""
+        if self._watch is None and self._open:
+            self._watch = self._loop.call_later(LINGER_SECONDS, self._look, self._taken_bytes())
 
     def sink_lost(self, pump: _Pump) -> None:
         """The socket that `pump` writes to is gone: gRPC may have left last words there, a caller who is gone wants none."""
         if pump is self._inward:
-            self._throw_away_what_comes()
+            self._linger()
         else:
             self.close()
 
@@ -65,25 +76,44 @@ class Relay:
         else:
             self.close()
 
-    def _throw_away_what_comes(self) -> None:
-        if not self._open:
-            return
-        self._inward.discard()
-        if self._linger is None:
-            self._linger = self._loop.call_later(LINGER_SECONDS, self.close)
+    def _linger(self) -> None:
+        if self._open:
+            self._inward.discard()
+            self.held_up()
+
+    def _taken_bytes(self) -> int:
+        """What the caller's machine has acknowledged; the rest lies in the socket's buffer here (SIOCOUTQ of tcp(7))."""
+        unsent = fcntl.ioctl(self._sockets[0], termios.TIOCOUTQ, bytes(4))
+        return self._outward.carried_bytes - int(struct.unpack("i", unsent)[0])
+
+    def _look(self, taken_bytes: int) -> None:
+        self._watch = None
+        front, back = self._sockets
+        grpc_is_gone = self._inward.discarding or _hung_up(back)
+        if _hung_up(front) or (grpc_is_gone and self._taken_bytes() <= taken_bytes):
+            self.close()
+        elif grpc_is_gone or self._inward.is_held_up or self._outward.is_held_up:
+            self.held_up()
 
     def close(self) -> None:
         """Closes both sockets at once."""
         if not self._open:
             return
         self._open = False
-        if self._linger is not None:
-            self._linger.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         for sock in self._sockets:
             self._loop.remove_reader(sock)
             self._loop.remove_writer(sock)
             sock.close()
         self._on_closed(self)
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    """Whether the peer has closed or reset the connection, not merely its half."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
 
 
 class _Pump:
@@ -99,15 +129,20 @@ class _Pump:
     ) -> None:
         self._relay, self._loop, self._source, self._sink, self._buffer = relay, loop, source, sink, buffer
         self._rest = memoryview(b"")
-        self._discarding = False
-        self.done = False
+        self.discarding = self.done = False
+        self.carried_bytes = 0
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the sink does not take what has been read."""
+        return bool(self._rest)
 
     def start(self) -> None:
         self._loop.add_reader(self._source, self._readable)
 
     def discard(self) -> None:
         """Reads on, and throws away what it reads."""
-        self._discarding = True
+        self.discarding = True
         if self._rest:
             self._rest = memoryview(b"")
             self._loop.remove_writer(self._sink)
@@ -145,6 +180,7 @@ class _Pump:
                 self._rest = memoryview(bytes(self._buffer[sent:count]))
                 self._loop.remove_reader(self._source)
                 self._loop.add_writer(self._sink, self._writable)
+                self._relay.held_up()
                 return
         # The others' turn; a reader that is added anew is told of what has come meanwhile, a reset too.
         self._loop.remove_reader(self._source)
@@ -161,11 +197,13 @@ class _Pump:
 
     def _send(self, data: memoryview) -> int:
         """Bytes sent or thrown away, 0 when the sink is full, -1 when the relay is closed, the sink being gone."""
-        if not self._discarding:
+        if not self.discarding:
             try:
-                return self._sink.send(data)
+                sent = self._sink.send(data)
+                self.carried_bytes += sent
+                return sent
             except (BlockingIOError, InterruptedError):
                 return 0
             except OSError:
                 self._relay.sink_lost(self)
-        return len(data) if self._discarding else -1
+        return len(data) if self.discarding else -1

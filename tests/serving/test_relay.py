@@ -105,12 +105,62 @@ def test_the_last_words_of_a_server_reach_a_caller_who_goes_on_sending(runner: a
     assert runner.run(scene()) == last_words
 
 
-def test_a_caller_who_never_leaves_is_left(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "LINGER_SECONDS", 0.2)
 
+
+@pytest.mark.parametrize("last_words_bytes", [0, 16 * CHUNK_BYTES])
+@pytest.mark.usefixtures("short_linger")
+def test_a_caller_who_neither_reads_nor_leaves_is_left(runner: asyncio.Runner, last_words_bytes: int) -> None:
     async def scene() -> None:
         joined = Joined()
+        talking = asyncio.create_task(asyncio.get_running_loop().sock_sendall(joined.server, bytes(last_words_bytes)))
+        await asyncio.sleep(0.1)  # until the caller's buffer is full, too
+        talking.cancel()
         joined.server.close()
+        async with asyncio.timeout(5):
+            await joined.closed.wait()
+        joined.close()
+
+    runner.run(scene())
+
+
+@pytest.mark.usefixtures("short_linger")
+def test_a_caller_who_reads_slowly_may_take_longer_than_the_linger(runner: asyncio.Runner) -> None:
+    async def scene() -> int:
+        joined = Joined()
+        loop = asyncio.get_running_loop()
+        # Small, so that most of it lies here until it is read.
+        joined.caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, CHUNK_BYTES // 4)
+
+        async def say_last_words() -> None:
+            await loop.sock_sendall(joined.server, bytes(8 * CHUNK_BYTES))
+            joined.server.close()
+
+        saying = asyncio.create_task(say_last_words())
+        received = 0
+        async with asyncio.timeout(20):
+            while chunk := await loop.sock_recv(joined.caller, CHUNK_BYTES // 4):
+                received += len(chunk)
+                if saying.done() and received < 7 * CHUNK_BYTES:
+                    joined.caller.send(b"more")
+                await asyncio.sleep(0.03)
+        joined.close()
+        return received
+
+    assert runner.run(scene()) == 8 * CHUNK_BYTES
+
+
+@pytest.mark.usefixtures("short_linger")
+def test_a_caller_who_is_gone_is_noticed_although_the_server_reads_nothing(runner: asyncio.Runner) -> None:
+    async def scene() -> None:
+        joined = Joined()
+        sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(joined.caller, bytes(64 * CHUNK_BYTES)))
+        await asyncio.sleep(0.1)  # until the relay holds a rest and reads no more
+        sending.cancel()
+        joined.caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        joined.caller.close()
         async with asyncio.timeout(5):
             await joined.closed.wait()
         joined.close()
