@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import faulthandler
 import os
 import resource
 import signal
@@ -22,6 +23,7 @@ from serving.health import Health
 from serving.http1 import Http
 from serving.http_calls import OwnCalls
 from serving.listener import Listener
+from serving.relay import LINGER_SECONDS
 from serving.rpc import build_server, channel_options
 from serving.settings import ServingSettings
 from serving.transcoding import Transcoder
@@ -31,6 +33,8 @@ _log = logs.get_logger("process")
 
 # What Linux takes for a Unix socket's path (sun_path of unix(7) has 108 bytes, the last of them 0).
 _SOCKET_PATH_BYTES = 107
+# What the end after a fault may take beyond its drain. Giving models back takes seconds, or, on a GPU that is lost, for ever.
+LAST_SECONDS = 30.0
 
 
 class Service(Protocol):
@@ -70,7 +74,8 @@ def run(
 
     Returns:
         The exit code: 0 after a clean drain; 1 when the port cannot be had, or after the drain that a fault has begun which only
-        a new process mends (`Health.fail_for_good`): what runs it starts it again, and nobody has to wake up.
+        a new process mends (`Health.fail_for_good`), or LAST_SECONDS later when it hangs: what runs it starts it again, and
+        nobody has to wake up.
     """
     logs.configure(serving.log_level, serving.log_format)
     _tune()
@@ -82,7 +87,17 @@ async def _serve(service: Service, serving: ServingSettings, port: int, settings
     _log.info("starting", server=service.name, version=service.version, pid=os.getpid(), settings=dict(settings_shown))
     stopping = asyncio.Event()
     _on_signals(stopping)
-    health = Health(on_failed=stopping.set)
+
+    def end() -> None:
+        if stopping.is_set():
+            return
+        # Nobody has sent a signal, so nobody will kill a process that hangs on its way out: it does so itself, from a thread
+        # that needs no interpreter, and leaves the stacks in the log.
+        until_stopped_s = serving.unready_seconds + serving.drain_seconds + LINGER_SECONDS
+        faulthandler.dump_traceback_later(until_stopped_s + LAST_SECONDS, exit=True)
+        stopping.set()
+
+    health = Health(on_failed=end)
     health.expose(service.ready_name, "startup")
     health.report("startup", False, "starting")
     # grpcio listens on a socket of its own that nobody else can reach; the listener relays to it.

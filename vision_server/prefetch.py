@@ -55,8 +55,9 @@ def _fetch_from_hub(name: str, folder: Path) -> Path:
     """All files of a Hugging Face model, each once: pickles only where there are no safetensors."""
     # Imported late: the environment must be set before.
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    # Half a model would be found next time, and fail to load: only a whole one gets the name.
+    part = folder.with_name(f".{folder.name}.part")
     try:
         info = HfApi().model_info(name)
         files = [file.rfilename for file in info.siblings or ()]
@@ -65,16 +66,19 @@ def _fetch_from_hub(name: str, folder: Path) -> Path:
         HfApi().snapshot_download(
             name,
             revision=info.sha,
-            local_dir=folder,
+            local_dir=part,
             ignore_patterns=[*_FOREIGN, *(_PICKLES if has_safetensors else ())],
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        shutil.rmtree(folder, ignore_errors=True)  # half a model would be found, and fail to load
-        raise WeightsMissing(f"could not be fetched: {error}") from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's own notes about the download
-    if not (folder / "config.json").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        raise WeightsMissing("has no config.json: it is no model of transformers")
+        shutil.rmtree(part / ".cache", ignore_errors=True)  # the hub's own notes about the download
+        if not (part / "config.json").is_file():
+            raise WeightsMissing("has no config.json: it is no model of transformers")
+        part.rename(folder)
+    except WeightsMissing:
+        raise
+    except Exception as error:  # the hub's, those of the HTTP library below it, the disk's: to the caller all the same
+        raise WeightsMissing(f"could not be fetched: {type(error).__name__}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

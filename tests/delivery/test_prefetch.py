@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -88,14 +89,14 @@ def hub() -> Iterator[Hub]:
         server.shutdown()
 
 
-def prefetch(hub: Hub, into: Path, data: Path, secrets: Path) -> subprocess.CompletedProcess[str]:
+def prefetch(hub_url: str, into: Path, data: Path, secrets: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vision_server.prefetch", "--into", str(into), MODEL],
         cwd=ROOT,
         env={
             **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
             "PYTHONPATH": os.pathsep.join([str(ROOT / "clients"), str(ROOT)]),
-            "HF_ENDPOINT": hub.url,
+            "HF_ENDPOINT": hub_url,
             "HF_HOME": str(data / "huggingface"),
             "AI4THAI_DATA_DIR": str(data),
             "AI4THAI_SECRETS_DIR": str(secrets),
@@ -110,13 +111,13 @@ def test_a_gated_model_is_fetched_by_a_secret_and_found_by_its_name(hub: Hub, tm
     models, data, secrets = tmp_path / "models", tmp_path / "data", tmp_path / "secrets"
     secrets.mkdir()
 
-    refused = prefetch(hub, models, data, secrets)
+    refused = prefetch(hub.url, models, data, secrets)
     assert refused.returncode == 1
     assert MODEL in refused.stderr
     assert not (models / MODEL).exists(), "half a model is left, which would be found and fail to load"
 
     (secrets / "hf_token").write_text(TOKEN)
-    done = prefetch(hub, models, data, secrets)
+    done = prefetch(hub.url, models, data, secrets)
     assert done.returncode == 0, done.stderr
     assert "model.safetensors" in hub.fetched
     assert not {"pytorch_model.bin", "model.gguf"} & set(hub.fetched), "the same weights were fetched twice"
@@ -126,6 +127,16 @@ def test_a_gated_model_is_fetched_by_a_secret_and_found_by_its_name(hub: Hub, tm
     settings = VisionSettings(data_dir=data, prefetched_dir=models, describer=MODEL, detector="")
     source = Loader(settings, print, print).find(MODEL, True, fetch=False, hub=True)
     assert source.path == models / MODEL
+
+
+def test_a_hub_that_is_away_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+    away = prefetch(url, tmp_path / "models", tmp_path / "data", tmp_path)
+    assert away.returncode == 1
+    assert f"{MODEL}: could not be fetched: " in away.stderr
+    assert "Traceback" not in away.stderr
+    assert not list((tmp_path / "models").rglob("*.*"))
 
 
 async def test_what_an_image_brings_is_listed_and_goes_behind_the_operators_own(tmp_path: Path) -> None:

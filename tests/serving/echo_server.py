@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from ai4thai.vision.v1 import vision_service_pb2_grpc as rpc
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 
+from serving import process
 from serving.errors import Code, ServiceError
 from serving.health import Health
 from serving.interceptors import caller
 from serving.logs import request_id
-from serving.process import run
+from serving.relay import LINGER_SECONDS
 from serving.settings import ServingSettings, describe
 
 NAME = "ai4thai.vision.v1.VisionService"
@@ -38,6 +40,7 @@ class Echo(rpc.VisionServiceServicer):
     async def start(self, health: Health) -> None:
         self.generating = 0
         self._ticking = 0
+        self._stuck = False
         self._health = health
         health.add_probe("ticks", self._tick, interval_s=0.1)
         health.expose(NAME, "ticks")
@@ -46,6 +49,8 @@ class Echo(rpc.VisionServiceServicer):
         print("draining", flush=True)
 
     async def stop(self) -> None:
+        if self._stuck:
+            threading.Event().wait()  # as on a device that is lost
         print("stopped in order", flush=True)
 
     async def _tick(self) -> str:
@@ -93,7 +98,8 @@ class Echo(rpc.VisionServiceServicer):
             )
         if request.question == "full":
             raise ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "Full.")
-        if request.question == "lost":
+        if request.question in ("lost", "lost and stuck"):
+            self._stuck = request.question == "lost and stuck"
             self._health.fail_for_good("The device is lost to this process.")
         if request.question == "slow":
             await asyncio.sleep(30)
@@ -107,4 +113,5 @@ class Echo(rpc.VisionServiceServicer):
 
 if __name__ == "__main__":
     settings = ServingSettings()
-    sys.exit(run(Echo, settings, int(sys.argv[1]), describe(settings)))
+    process.LAST_SECONDS = 0.5 - LINGER_SECONDS  # soon, since nobody lingers here
+    sys.exit(process.run(Echo, settings, int(sys.argv[1]), describe(settings)))

@@ -77,6 +77,18 @@ def test_a_process_that_cannot_go_on_ends_to_be_started_again() -> None:
     assert "stopped in order\n" in server.lines
 
 
+def test_a_process_that_hangs_on_its_way_out_leaves_all_the_same() -> None:
+    env = {"SERVING_UNREADY_SECONDS": "0", "SERVING_DRAIN_SECONDS": "1"}
+    with (
+        ServerProcess("tests.serving.echo_server", "0", env=env) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        rpc.VisionServiceStub(channel).Analyze(pb.AnalyzeRequest(question="lost and stuck"), timeout=30)
+        assert server.wait() == 1
+    assert "stopped in order\n" not in server.lines
+    assert any("echo_server.py" in line and "in stop" in line for line in server.lines), "what it hung in"
+
+
 def test_a_taken_port_is_told_and_exits_1() -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         with ServerProcess("tests.serving.echo_server", str(taken.getsockname()[1])) as server:
