@@ -21,7 +21,7 @@ from dramatiq.worker import Worker as DramatiqWorker
 from queue_server import __version__
 from queue_server.actors import build_broker, declare_actor
 from queue_server.attempts import RunningAttempts
-from queue_server.beats import BeatFile
+from queue_server.beats import BeatFile, delete_dead_beats
 from queue_server.errors import StoreUnavailable
 from queue_server.runner import Runner
 from queue_server.settings import WorkerSettings
@@ -61,6 +61,7 @@ class Worker:
         """Begins to take jobs; Redis and the vision server may be away."""
         self._start_ms = int(time.time() * 1000)
         delete_abandoned()
+        delete_dead_beats()
         self._store.start()
         self._vision.start()
         self._attempts.start()

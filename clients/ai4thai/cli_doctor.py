@@ -20,6 +20,7 @@ _MARKS = {Level.OK: "[green]✓[/]", Level.NOTE: "[dim]–[/]", Level.WARNING: "
 
 
 def doctor(
+    context: typer.Context,
     checks: Annotated[
         list[str] | None, typer.Argument(metavar="CHECK", help=f"Only these: {', '.join(CHECKS)}.")
     ] = None,
@@ -36,9 +37,19 @@ def doctor(
     queue: QueueAddress = QUEUE,
 ) -> None:
     """Looks for what keeps the platform from working here, and says what to do; exits 1 when there is a ✗."""
-    if vision == VISION:  # where a worker runs, its way to the vision server is the one that counts
-        vision = os.environ.get("QUEUE_VISION_ADDRESS") or VISION
-    situation = Situation(dict(os.environ), data_dir or default_data_dir(), vision, queue, int(min_free_gb * 1e9))
+    named = {name for name in ("vision", "queue") if _is_given(context, name)}
+    if "vision" not in named and (address := os.environ.get("QUEUE_VISION_ADDRESS")):
+        vision = address  # where a worker runs, its way to the vision server is the one that counts
+        named.add("vision")
+    situation = Situation(
+        dict(os.environ),
+        data_dir or default_data_dir(),
+        vision,
+        queue,
+        int(min_free_gb * 1e9),
+        frozenset(checks or ()),
+        frozenset(named),
+    )
     findings = examine(situation, checks or (), time_s=time)
     if json:
         for finding in findings:
@@ -47,6 +58,12 @@ def doctor(
         _print(findings)
     if any(finding.level is Level.FAILURE for finding in findings):
         raise typer.Exit(1)
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether it was set, on the command line or by its variable."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def _print(findings: list[Finding]) -> None:

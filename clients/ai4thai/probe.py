@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -27,6 +28,14 @@ class Finding(NamedTuple):
 
     is_well: bool
     line: str
+
+
+class Beat(NamedTuple):
+    """What a worker last told of itself."""
+
+    worker: str
+    at_monotonic_s: float
+    redis_error: str
 
 
 def is_meant(arguments: Sequence[str]) -> bool:
@@ -130,23 +139,35 @@ def ask_worker(folder: Path | None = None) -> Finding:
     """Reads what the workers of this machine, or this container, last told of themselves (queue_server/beats.py).
 
     A worker that waits for a Redis which is away is well: it goes on by itself when Redis is back, and to start it again would
-    cure nothing. One that has not come round for 90 s is stuck; one that has left no word is not there.
+    cure nothing. One that has not come round for 90 s is stuck; one that has left no word, or has ended since, is not there.
     """
     beats = [beat for file in sorted((folder or Path(tempfile.gettempdir())).glob(_BEATS)) if (beat := _beat(file))]
     if not beats:
         return Finding(False, "NOT_RUNNING no worker has told here that it lives")
     for beat in beats:
-        silent_s = time.monotonic() - beat["at_monotonic_s"]
+        silent_s = time.monotonic() - beat.at_monotonic_s
         if silent_s > _STUCK_AFTER_S:
-            return Finding(False, f"STUCK {beat['worker']}: has not come round for {silent_s:.0f} s")
-    waits = [f"{beat['worker']} waits for Redis: {beat['redis_error']}" for beat in beats if beat["redis_error"]]
-    return Finding(True, f"WAITING {'; '.join(waits)}" if waits else f"BEATING {', '.join(b['worker'] for b in beats)}")
+            return Finding(False, f"STUCK {beat.worker}: has not come round for {silent_s:.0f} s")
+    waits = [f"{beat.worker} waits for Redis: {beat.redis_error}" for beat in beats if beat.redis_error]
+    return Finding(
+        True, f"WAITING {'; '.join(waits)}" if waits else f"BEATING {', '.join(beat.worker for beat in beats)}"
+    )
 
 
-def _beat(file: Path) -> dict[str, Any] | None:
-    """What one worker has told; None: it is gone (killed, or ended meanwhile)."""
+def _beat(file: Path) -> Beat | None:
+    """What one worker has told; None: it is gone (killed, or ended meanwhile), or this is no worker's word."""
+    import fcntl  # Windows has none, and no workers
+
     try:
-        beat: dict[str, Any] = json.loads(file.read_bytes())
-        return beat if Path(f"/proc/{beat['pid']}").exists() or not Path("/proc/self").exists() else None
-    except (OSError, ValueError, KeyError):
+        while True:
+            with file.open("rb") as found:
+                try:
+                    fcntl.flock(found, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:  # held by who wrote it: it lives
+                    told = json.load(found)
+                    return Beat(str(told["worker"]), float(told["at_monotonic_s"]), str(told["redis_error"]))
+                if os.path.samestat(os.fstat(found.fileno()), file.stat()):
+                    return None
+                # A living worker has put a newer word in its place, between our opening and asking for the lock.
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ai4thai.cli import app
-from ai4thai.doctor import examination, gpu_cards
+from ai4thai.doctor import examination, gpu_cards, machine
 from ai4thai.doctor.findings import Finding, Level, Situation
 from typer.testing import CliRunner
 
@@ -113,6 +115,54 @@ def test_a_driver_that_answers_with_an_error_or_not_at_all(
     ask("gpu").failure("gpu", "nvidia-smi does not answer within 0.5 s", "dmesg")
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_driver_that_python_asks_and_the_gpus_it_finds(
+    ask: Ask, machine_with_gpu: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    nvml = types.ModuleType("pynvml")
+    nvml.__dict__.update(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlSystemGetDriverVersion=lambda: "580.95.05",
+        nvmlSystemGetCudaDriverVersion=lambda: 13000,
+        nvmlDeviceGetCount=lambda: count,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda _: types.SimpleNamespace(total=80e9, used=1e9),
+        nvmlDeviceGetUUID=lambda _: "GPU-1",
+        nvmlDeviceGetName=lambda _: "NVIDIA H100",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    if count:
+        ask("gpu", VISION_DEVICE="cuda").ok("gpu", "0: NVIDIA H100, 1.0 GB of 80.0 GB used")
+    else:
+        ask("gpu").ok("gpu", "no GPU: the CPU computes (the driver finds no GPU)")
+        ask("gpu", VISION_DEVICE="cuda").failure("gpu", "VISION_DEVICE is cuda, and there is no GPU", "--gpus all")
+
+
+# ---- memory
+
+
+def test_a_container_is_judged_by_what_runs_in_it(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {"bytes": 1 << 30, "limited": True}
+    monkeypatch.setattr(machine, "_memory_bytes", lambda: (memory["bytes"], memory["limited"]))
+    monkeypatch.setattr(machine, "_cores", lambda: 1.0)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)  # where nothing was killed
+    write_torch(tmp_path / "packages", "13.0")
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    ask("memory").failure("memory", "the included models alone need 1.5 GB", "VISION_MEMORY")
+
+    monkeypatch.setitem(sys.modules, "torch", None)  # as in the queue server's and the worker's image
+    told = ask("memory")
+    told.ok("memory", "1.1 GB of this container, 1 cores; no models compute here")
+    assert told.exit_code == 0
+    memory["bytes"] = 256 << 20
+    ask("memory").failure("memory", "268 MB of this container", "QUEUE_MEMORY, WORKER_MEMORY")
+    # A machine without a limit is to carry all of the platform, whatever the Python has that asks.
+    memory.update(bytes=1 << 30, limited=False)
+    ask("memory").failure("memory", "1.1 GB of this machine", "VISION_MEMORY")
+
+
 # ---- disk and open files
 
 
@@ -137,6 +187,24 @@ def test_a_disk_that_takes_nothing_more(ask: Ask, tmp_path: Path) -> None:
 def test_a_data_directory_that_is_a_file(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     ask("disk", AI4THAI_DATA_DIR=str(tmp_path / "file")).failure("disk", "cannot be written", "AI4THAI_DATA_DIR")
+
+
+@pytest.mark.parametrize("variable", ["AI4THAI_DATA_DIR", "TMPDIR"])
+def test_a_directory_behind_a_folder_that_this_user_may_not_enter(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    real = os.stat
+
+    def stat(path: str, **options: Any) -> os.stat_result:  # root, who may run this, may enter everywhere
+        if "closed/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, **options)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "stat", stat)
+    told = ask("disk", **{variable: str(tmp_path / "closed/data")})
+    told.failure("disk", "cannot be written: Permission denied", "chown")
+    assert not [one for one in told.findings if "could not be looked at" in one["found"]]
 
 
 # ---- containers

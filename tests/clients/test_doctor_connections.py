@@ -1,39 +1,25 @@
-"""`ai4thai doctor` about what a machine talks to: ports, servers, Redis, clocks, secrets, models."""
+"""`ai4thai doctor` about what a machine talks to: ports, servers, clocks, secrets, models (Redis: test_doctor_redis.py)."""
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+from ai4thai.doctor import examination, servers
 
 from tests.clients.asking_doctor import TOKEN, Ask, ask
-from tests.clients.doctor_doubles import bulk, health_of, redis_in_shape, web_server
-from tests.queue_server.redis_servers import Server, free_port, make_certificates
+from tests.clients.doctor_doubles import health_of, web_server
+from tests.ports import free_port
+from tests.queue_server.redis_servers import Server, make_certificates
 
 __all__ = ["ask"]  # a fixture
 VISION = "ai4thai.vision.v1.VisionService"
 QUEUE = "ai4thai.queue.v1.QueueService"
-KEPT = ("--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory", "64mb", "--save", "")
-
-
-@contextmanager
-def redis_server(folder: Path, *arguments: str) -> Iterator[Server]:
-    server = Server(folder / f"redis-{free_port()}", *arguments)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def url_of(server: Server, userinfo: str = "") -> str:
-    return f"redis://{userinfo}127.0.0.1:{server.port}/0"
 
 
 # ---- ports and servers
@@ -66,7 +52,9 @@ def test_a_port_that_is_none(ask: Ask) -> None:
 
 def test_ports_that_are_ours(ask: Ask, tmp_path: Path) -> None:
     answers = {"/health/detailed": (200, {}, health_of(QUEUE))}
-    with web_server(answers) as ours, redis_server(tmp_path, "--requirepass", "s3cret") as redis:
+    with web_server(answers) as ours, ExitStack() as stack:
+        redis = Server(tmp_path / "redis", "--requirepass", "s3cret")
+        stack.callback(redis.stop)
         port = int(ours.rpartition(":")[2])
         told = ask("ports", **ports(queue=port, redis=redis.port))
         told.ok("ports", f"{port} (queue): ours listens there")
@@ -151,85 +139,37 @@ def test_a_server_that_was_named_and_does_not_answer(ask: Ask) -> None:
     ask("servers", "--queue", "unix:/tmp/queue.sock").ok("servers", "no address for HTTP")
 
 
-# ---- Redis
+@pytest.fixture
+def nobody_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs on this machine, the usual addresses are free."""
+    real = servers.ask_health
+
+    def ask_health(url: str) -> servers.Answer:
+        return servers.Answer(problem="refused", is_away=True) if url[-5:] in (":2001", ":2003") else real(url)
+
+    monkeypatch.setattr(servers, "ask_health", ask_health)
+    monkeypatch.setattr(examination, "CHECKS", {"servers": servers.check_servers})
 
 
-def test_a_redis_as_it_should_be(ask: Ask, tmp_path: Path) -> None:
-    with redis_server(tmp_path, *KEPT, "--requirepass", "s3cret") as server:
-        told = ask("redis", "clock", REDIS_URL=url_of(server), REDIS_PASSWORD="s3cret")
-        told.ok("redis", f"127.0.0.1:{server.port}/0: Valkey")
-        told.ok("redis", "noeviction")
-        told.ok("redis", "append-only file on, appendfsync everysec")
-        told.ok("clock", "as that of Redis")
-        assert told.exit_code == 0
-
-        secrets = tmp_path / "secrets"
-        secrets.mkdir()
-        (secrets / "redis_password").write_text("s3cret\n")
-        told = ask("redis", "secrets", REDIS_URL=url_of(server), AI4THAI_SECRETS_DIR=str(secrets))
-        told.ok("secrets", "redis_password")
-        assert told.exit_code == 0
-
-        wrong = ask("redis", REDIS_URL=url_of(server, ":s3cretly@"))
-        wrong.failure("redis", "the password is wrong", "REDIS_PASSWORD")
-        ask("redis", REDIS_URL=url_of(server)).failure(
-            "redis", "it wants a password, and none is set", "redis_password"
-        )
+@pytest.mark.usefixtures("nobody_here")
+def test_a_server_that_is_away_where_nobody_said_that_it_is_there(ask: Ask) -> None:
+    told = ask()
+    told.ok("servers", "vision localhost:2001: nothing answers; none is started here")
+    told.ok("servers", "queue localhost:2003: nothing answers; none is started here")
+    with web_server({"/health/detailed": (200, {}, health_of(VISION))}) as vision:
+        told = ask("servers", QUEUE_VISION_ADDRESS=vision)
+    told.ok("servers", f"vision {vision}: SERVING")
+    told.ok("servers", "queue localhost:2003: nothing answers")
 
 
-def test_a_redis_that_keeps_nothing_and_throws_jobs_away(ask: Ask, tmp_path: Path) -> None:
-    with redis_server(tmp_path, "--save", "", "--maxmemory-policy", "allkeys-lru") as server:
-        told = ask("redis", REDIS_URL=url_of(server))
-        told.failure("redis", "maxmemory-policy is allkeys-lru", "maxmemory-policy noeviction")
-        told.warning("redis", "appendonly is no: it keeps nothing on disk", "appendonly yes")
-        told.warning("redis", "no maxmemory", "maxmemory 4gb")
-
-
-def test_a_redis_whose_memory_is_full_or_that_is_a_replica(ask: Ask, tmp_path: Path) -> None:
-    with redis_server(tmp_path, *KEPT) as server, server.client() as client:
-        client.eval("for i = 1, 200 do redis.call('set', i, string.rep('x', 50000)) end", 0)
-        client.config_set("maxmemory", int(client.info()["used_memory"] * 1.05))
-        client.config_set("appendfsync", "no")
-        told = ask("redis", REDIS_URL=url_of(server))
-        told.failure("redis", "new jobs are refused", "ai4thai queue purge")
-        told.warning("redis", "appendfsync is no", "appendfsync everysec")
-        client.replicaof("127.0.0.1", str(free_port()))
-        ask("redis", REDIS_URL=url_of(server)).failure("redis", "it is a replica of 127.0.0.1:", "redis+sentinel://")
-
-
-def test_no_redis(ask: Ask) -> None:
-    port = free_port()
-    ask("redis", REDIS_PORT=str(port)).ok("redis", "nothing answers; ai4thai up brings its own")
-    told = ask("redis", REDIS_URL=f"redis://user:s3cret@127.0.0.1:{port}/0")
-    told.failure("redis", "Connection refused", "docker compose ps redis")
-    ask("redis", REDIS_URL="redis://:a/b@host").failure("redis", "cannot be read", "%2F for /")
-
-
-def test_a_redis_that_hangs(ask: Ask, tmp_path: Path) -> None:
-    with redis_server(tmp_path) as server:
-        os.kill(server.process.pid, signal.SIGSTOP)
-        try:
-            told = ask("redis", REDIS_URL=url_of(server))
-        finally:
-            os.kill(server.process.pid, signal.SIGCONT)
-        told.failure("redis", "takes connections, but does not answer", "docker compose restart redis")
-
-
-def test_an_old_redis_with_another_clock_that_cannot_write(ask: Ask) -> None:
-    info = "redis_version:5.0.7\r\nrole:master\r\naof_enabled:1\r\naof_last_write_status:err\r\nrdb_last_bgsave_status:err\r\n"
-    behind_s = int(time.time()) - 600
-    replies = {
-        "INFO": bulk(info),
-        "PING": b"+PONG\r\n",
-        "TIME": b"*2\r\n" + bulk(str(behind_s)) + bulk("0"),
-        "CONFIG": b"-NOPERM this user has no permissions\r\n",
-    }
-    with redis_in_shape(replies) as port:
-        told = ask("redis", "clock", REDIS_URL=f"redis://127.0.0.1:{port}/0?protocol=2")
-        told.failure("redis", "Redis 5.0.7 is too old", "6.2 or newer")
-        told.failure("redis", "it cannot write its append-only file", "df -h")
-        told.failure("redis", "its last snapshot failed", "BGSAVE")
-        told.failure("clock", "s behind this machine's", "set-ntp true")
+@pytest.mark.usefixtures("nobody_here")
+def test_a_server_that_was_asked_for_is_to_be_there_at_the_usual_address_too(ask: Ask) -> None:
+    told = ask("servers")
+    told.failure("servers", "vision localhost:2001: refused", "AI4THAI_VISION_ADDRESS")
+    told.failure("servers", "queue localhost:2003: refused", "AI4THAI_QUEUE_ADDRESS")
+    ask(AI4THAI_QUEUE_ADDRESS="localhost:2003").failure("servers", "queue localhost:2003: refused", "ai4thai up")
+    ask("--vision", "localhost:2001").failure("servers", "vision localhost:2001: refused", "ai4thai up")
+    ask(QUEUE_VISION_ADDRESS="localhost:2001").failure("servers", "vision localhost:2001: refused", "ai4thai up")
 
 
 # ---- clock

@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import grpc
 import pytest
+from ai4thai.probe import ask_worker
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from queue_server.beats import BeatFile, delete_dead_beats
 from tests.processes import ROOT, ServerProcess
 
 
@@ -132,12 +134,14 @@ class TestWorker:
             return probe("--worker", env=env)
 
         assert ask() == (1, "NOT_RUNNING no worker has told here that it lives")
+        (of_the_dead := tmp_path / "ai4thai-worker-1.json").write_text("{}")
 
         with ServerProcess("queue_server.worker", env=env) as worker:
             # Redis is away: it waits, and starting it again would cure nothing.
             waiting = wait_for(ask, "WAITING")
             assert waiting.code == 0
             assert str(closed_port) in waiting.line
+            assert not of_the_dead.exists()
 
             with ServerProcess(
                 "queue_server.broker", "--port", str(closed_port), "--data-dir", str(tmp_path / "redis")
@@ -158,9 +162,51 @@ class TestWorker:
             assert worker.wait(60) == 0
         assert not list(tmp_path.glob("ai4thai-worker-*"))
 
-        # One that was killed leaves its last word behind, however fresh.
-        file.write_text(json.dumps({**beat, "at_monotonic_s": time.monotonic()}))
-        assert ask().code == 1
+
+class TestBeats:
+    @pytest.fixture
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        return tmp_path
+
+    @pytest.mark.parametrize("age_s", [0, 1000, -1000])
+    def test_one_that_was_killed_leaves_its_last_word_and_is_gone(self, folder: Path, age_s: float) -> None:
+        """However fresh or old (the clock of a machine that was restarted begins anew), and whoever has its process id now."""
+        word = {"worker": "killed", "pid": os.getpid(), "at_monotonic_s": time.monotonic() - age_s, "redis_error": ""}
+        (file := folder / "ai4thai-worker-1.json").write_text(json.dumps(word))
+        assert ask_worker(folder).line == "NOT_RUNNING no worker has told here that it lives"
+
+        (lives := BeatFile("lives")).write("")
+        assert ask_worker(folder) == (True, "BEATING lives")
+        delete_dead_beats()
+        assert not file.exists()
+        assert ask_worker(folder) == (True, "BEATING lives")
+        lives.delete()
+        assert not list(folder.iterdir())
+
+    @pytest.mark.parametrize("word", ["", "[]", "{}", '{"worker": "w", "at_monotonic_s": null, "redis_error": ""}'])
+    def test_a_file_that_is_no_word_of_a_worker(self, folder: Path, word: str) -> None:
+        (folder / "ai4thai-worker-1.json").write_text(word)
+        (lives := BeatFile("lives")).write("")
+        assert ask_worker(folder) == (True, "BEATING lives")
+        (file,) = folder.glob(f"*-{os.getpid()}.json")
+        file.write_text(word)
+        assert not ask_worker(folder).is_well
+        lives.delete()
+
+    def test_one_that_tells_while_it_is_asked_is_never_missed(self, folder: Path) -> None:
+        (lives := BeatFile("lives")).write("")
+
+        def tell() -> None:
+            for _ in range(300):
+                lives.write("")
+
+        with futures.ThreadPoolExecutor(1) as teller:
+            telling = teller.submit(tell)
+            while not telling.done():
+                delete_dead_beats()
+                assert ask_worker(folder) == (True, "BEATING lives")
+        lives.delete()
 
 
 def test_a_probe_imports_little() -> None:

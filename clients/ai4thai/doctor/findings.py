@@ -43,6 +43,10 @@ class Situation:
     queue: str
     min_free_bytes: int
     """Less free disk than this is a failure."""
+    asked: frozenset[str] = frozenset()
+    """The checks that were asked for by name; empty: all of them, by none."""
+    named: frozenset[str] = frozenset()
+    """Of `vision` and `queue` those whose address was given, by an option or a variable, even if it is the default."""
 
     def port(self, name: str, default: int) -> int:
         """The port that a variable names; the default where it names none."""

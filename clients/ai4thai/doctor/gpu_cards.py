@@ -73,6 +73,8 @@ def read_driver() -> Driver:
         raise GpuBroken(f"{type(error).__name__}: {error}") from None
     try:
         return _by_nvml(pynvml)
+    except NoGpu:
+        raise
     except Exception as error:
         raise GpuBroken(f"{type(error).__name__}: {error}") from None
     finally:
@@ -96,6 +98,8 @@ def _by_nvml(nvml: Any) -> Driver:
                 _slices(nvml, handle),
             )
         )
+    if not cards:
+        raise NoGpu("the driver finds no GPU")
     return Driver(_as_text(nvml.nvmlSystemGetDriverVersion()), (cuda // 1000, cuda % 1000 // 10), tuple(cards))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import shutil
@@ -18,6 +19,8 @@ GUIDE_MEMORY_BYTES: Final = 8_000_000_000
 GUIDE_CORES: Final = 4
 LEAST_MEMORY_BYTES: Final = 1_500_000_000
 """The included models, the queue server and a worker."""
+LEAST_MEMORY_WITHOUT_MODELS_BYTES: Final = 400_000_000
+"""The queue server, or a worker, some 90 MB each, and uploads or frames in their hands."""
 COMFORT: Final = 5
 """So many times what is the least is enough for a while."""
 _WRITTEN_BYTES = 1 << 20
@@ -30,7 +33,18 @@ def check_memory(_situation: Situation) -> Iterator[Finding]:
     cores = _cores()
     place = "of this container" if limited else "of this machine"
     told = f"{gigabytes(total)} {place}, {cores:g} cores"
-    if total < LEAST_MEMORY_BYTES:
+    # A container is judged by what runs in it; a machine by the platform, whatever this Python has.
+    if limited and importlib.util.find_spec("torch") is None:
+        if total < LEAST_MEMORY_WITHOUT_MODELS_BYTES:
+            yield Finding(
+                "memory",
+                Level.FAILURE,
+                f"{told}; the queue server and a worker need {gigabytes(LEAST_MEMORY_WITHOUT_MODELS_BYTES)} each",
+                "Give it more memory (compose: QUEUE_MEMORY, WORKER_MEMORY; Kubernetes: resources.limits.memory).",
+            )
+        else:
+            yield Finding("memory", Level.OK, f"{told}; no models compute here")
+    elif total < LEAST_MEMORY_BYTES:
         yield Finding(
             "memory",
             Level.FAILURE,
@@ -89,10 +103,8 @@ def _check_folder(
     situation: Situation, what: str, folder: Path, variable: str, least_bytes: int = 0
 ) -> Iterator[Finding]:
     least = least_bytes or situation.min_free_bytes
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
     try:
+        there = _nearest(folder)
         usage = shutil.disk_usage(there)
         nodes = os.statvfs(there)
         if there == folder:
@@ -155,7 +167,22 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _device(path: Path) -> int:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path.stat().st_dev
+def _device(path: Path) -> int | None:
+    """The disk that it is on, or will be on; None: nobody can tell."""
+    try:
+        return _nearest(path).stat().st_dev
+    except OSError:
+        return None
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the first one above that there is.
+
+    Raises:
+        OSError: what is on the way cannot be entered.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return _nearest(path.parent) if path != path.parent else path
+    return path

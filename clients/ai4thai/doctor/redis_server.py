@@ -9,10 +9,14 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ai4thai.doctor.findings import Finding, Level, Situation, gigabytes
+from ai4thai.doctor.servers import ask_health, base_url
 
+DEFAULT_PORT: Final = 6379
 LEAST_VERSION: Final = (6, 2)
 FULL_SHARE: Final = 0.9
-"""Of maxmemory: from here on submissions are refused (QUEUE_MAX_MEMORY_SHARE)."""
+"""Of maxmemory: from here on submissions are refused, where QUEUE_MAX_MEMORY_SHARE says nothing else."""
+_SOON_FULL: Final = 0.83
+"""Of that share: from here on it is time to do something."""
 _ASK_S = 2.0
 _KEEP = "In redis.conf, or by CONFIG SET and CONFIG REWRITE: "
 
@@ -23,7 +27,7 @@ class NoPackage(Exception):
 
 def redis_url(situation: Situation) -> str:
     """Where the queue server and the workers would look."""
-    return situation.secret("REDIS_URL") or f"redis://127.0.0.1:{situation.port('REDIS_PORT', 6379)}/0"
+    return situation.secret("REDIS_URL") or f"redis://127.0.0.1:{situation.port('REDIS_PORT', DEFAULT_PORT)}/0"
 
 
 def shown(url: str) -> str:
@@ -47,10 +51,11 @@ def open_redis(situation: Situation) -> Any:
     except ImportError:
         raise NoPackage from None
     url = redis_url(situation)
+    once = Retry(NoBackoff(), 0)
     times: dict[str, Any] = {
         "socket_timeout": _ASK_S,
         "socket_connect_timeout": _ASK_S,
-        "retry": Retry(NoBackoff(), 0),
+        "retry": once,
         "decode_responses": True,
     }
     parts = urlsplit(url)
@@ -63,8 +68,9 @@ def open_redis(situation: Situation) -> Any:
     times |= {name: unquote(text) for name, text in (("username", user), ("password", inline)) if text}
     options = dict(parse_qsl(parts.query))
     own = {name: options[f"sentinel_{name}"] for name in ("username", "password") if f"sentinel_{name}" in options}
-    places = [(place.rpartition(":")[0] or place, int(place.rpartition(":")[2] or 26379)) for place in hosts.split(",")]
-    bounds: dict[str, Any] = {"socket_timeout": 0.5, "socket_connect_timeout": 0.5}
+    addresses = [urlsplit(f"//{place}") for place in hosts.split(",")]
+    places = [(address.hostname or "", address.port or 26379) for address in addresses]
+    bounds: dict[str, Any] = {"socket_timeout": 0.5, "socket_connect_timeout": 0.5, "retry": once}
     if parts.scheme.startswith("rediss") or options.get("ssl", "") in ("true", "yes", "1"):
         secured = {"ssl": True, **{name: value for name, value in options.items() if name.startswith("ssl_")}}
         bounds |= secured
@@ -98,6 +104,9 @@ def check_redis(situation: Situation) -> Iterator[Finding]:
             yield _refused(situation, url, error)
             return
         except redis.TimeoutError as error:
+            if "connecting" in str(error):  # redis-py has one class for both
+                yield _unreached(situation, url, error)
+                return
             cure = "Is its machine out of memory, or its disk full or stuck? Then: docker compose restart redis"
             yield Finding("redis", Level.FAILURE, f"{shown(url)} takes connections, but does not answer: {error}", cure)
             return
@@ -124,7 +133,7 @@ def check_redis(situation: Situation) -> Iterator[Finding]:
             }
         except redis.RedisError:  # forbidden, as with many managed services: INFO alone tells
             settings = {}
-    yield from _judge_memory(info, settings)
+    yield from _judge_memory(info, settings, _full_share(situation))
     yield from _judge_disk(info, settings)
 
 
@@ -140,15 +149,20 @@ def _refused(situation: Situation, url: str, error: Exception) -> Finding:
 
 
 def _unreached(situation: Situation, url: str, error: Exception) -> Finding:
-    words = re.sub(r"\s+", " ", str(error))
+    words = re.sub(r"\s+", " ", str(error)).partition(" : <")[0]  # every sentinel follows, with all its options
+    cure = 'Is it started (docker compose ps redis), and REDIS_URL right? From here: redis-cli -u "$REDIS_URL" ping'
     if not situation.secret("REDIS_URL"):
-        return Finding("redis", Level.NOTE, f"{shown(url)}: nothing answers; ai4thai up brings its own")
-    return Finding(
-        "redis",
-        Level.FAILURE,
-        f"{shown(url)}: {words}",
-        'Is it started (docker compose ps redis), and REDIS_URL right? From here: redis-cli -u "$REDIS_URL" ping',
-    )
+        # With compose Redis is not published: what the queue server says of it counts more than what can be reached from here.
+        base = base_url(situation.queue)
+        said = ask_health(base).health.get("checks", {}).get("redis", {}).get("status") if base else None
+        if said in ("OK", "WARNING"):
+            found = f"{shown(url)}: nothing answers here; the queue server at {situation.queue} reaches its own"
+            return Finding("redis", Level.NOTE, found)
+        is_meant = "redis" in situation.asked or situation.env.get("REDIS_PORT") or situation.secret("REDIS_PASSWORD")
+        if said is None and not is_meant:
+            return Finding("redis", Level.NOTE, f"{shown(url)}: nothing answers; ai4thai up brings its own")
+        cure = "Start it (ai4thai up; docker compose up -d redis; docker compose ps redis), or set REDIS_URL to where it is."
+    return Finding("redis", Level.FAILURE, f"{shown(url)}: {words}", cure)
 
 
 def _judge_version(url: str, version: str, info: Mapping[str, Any]) -> Finding:
@@ -172,7 +186,16 @@ def _judge_role(info: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _judge_memory(info: Mapping[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+def _full_share(situation: Situation) -> float:
+    """The share of maxmemory from which on the queue server refuses; one that it would not start with is told by itself."""
+    try:
+        share = float(situation.env.get("QUEUE_MAX_MEMORY_SHARE", ""))
+    except ValueError:
+        return FULL_SHARE
+    return share if 0 < share <= 1 else FULL_SHARE
+
+
+def _judge_memory(info: Mapping[str, Any], settings: Mapping[str, str], full_share: float) -> Iterator[Finding]:
     policy = settings.get("maxmemory-policy") or str(info.get("maxmemory_policy", "?"))
     if policy not in ("noeviction", "?"):
         yield Finding(
@@ -192,10 +215,10 @@ def _judge_memory(info: Mapping[str, Any], settings: Mapping[str, str]) -> Itera
         return
     told = f"{gigabytes(used)} of {gigabytes(most)} used ({used / most:.0%}), {policy}"
     cure = "More maxmemory; more workers; QUEUE_MEDIA_URL for files; ai4thai queue purge NAME throws waiting jobs away."
-    if used >= most * FULL_SHARE:
+    if used >= most * full_share:
         yield Finding("redis", Level.FAILURE, f"{told}: new jobs are refused", cure)
-    elif used >= most * 0.75:
-        yield Finding("redis", Level.WARNING, f"{told}: at {FULL_SHARE:.0%} new jobs are refused", cure)
+    elif used >= most * full_share * _SOON_FULL:
+        yield Finding("redis", Level.WARNING, f"{told}: at {full_share:.0%} new jobs are refused", cure)
     elif policy in ("noeviction", "?"):
         yield Finding("redis", Level.OK, told)
 

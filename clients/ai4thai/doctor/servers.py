@@ -22,7 +22,6 @@ from ai4thai.doctor.findings import Finding, Level, Situation
 
 SERVICES: Final = {"vision": vision_client.SERVICE_NAME, "queue": queue_client.SERVICE_NAME}
 """By the server's name, the health service that says whether it is ready."""
-_DEFAULTS: Final = {"vision": vision_client.DEFAULT_ADDRESS, "queue": queue_client.DEFAULT_ADDRESS}
 _VARIABLES: Final = {
     "vision": "AI4THAI_VISION_ADDRESS, a worker's QUEUE_VISION_ADDRESS",
     "queue": "AI4THAI_QUEUE_ADDRESS",
@@ -89,7 +88,9 @@ def _trust() -> ssl.SSLContext:
 
 
 def check_servers(situation: Situation) -> Iterator[Finding]:
-    """The vision server, then the queue server."""
+    """The vision server and the queue server, last those that are away and that nobody has said to be there."""
+    away: list[tuple[str, str, Answer]] = []
+    is_one_there = bool(situation.named)
     for name, address in (("vision", situation.vision), ("queue", situation.queue)):
         try:
             channel_target(address)
@@ -105,7 +106,10 @@ def check_servers(situation: Situation) -> Iterator[Finding]:
             if certificate.level is Level.FAILURE:
                 continue
         answer = ask_health(url)
-        if not answer.health:
+        is_one_there |= not answer.is_away
+        if answer.is_away and name not in situation.named:
+            away.append((name, address, answer))
+        elif not answer.health:
             yield _unreached(name, address, answer)
         elif SERVICES[name] not in answer.health.get("services", {}):
             yield Finding(
@@ -116,11 +120,15 @@ def check_servers(situation: Situation) -> Iterator[Finding]:
             )
         else:
             yield from _tell(name, address, url, answer.health)
+    for name, address, answer in away:
+        # Who asks for the servers means one of them at least; a pod or a container may well have the one without the other.
+        if "servers" in situation.asked and not is_one_there:
+            yield _unreached(name, address, answer)
+        else:
+            yield Finding("servers", Level.NOTE, f"{name} {address}: nothing answers; none is started here")
 
 
 def _unreached(name: str, address: str, answer: Answer) -> Finding:
-    if answer.is_away and address == _DEFAULTS[name]:
-        return Finding("servers", Level.NOTE, f"{name} {address}: nothing answers; none is started here")
     return Finding(
         "servers",
         Level.FAILURE,
