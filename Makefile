@@ -4,9 +4,12 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# torch is named on pip's line, so that one run settles it together with all that depends on it.
-TORCH := torch==2.13.0
 READY := $(VENV)/.ready
+# Where pip looks for torch besides PyPI, whose torch for Linux brings CUDA's libraries; a build for the CPU found here is preferred.
+# Nothing by default: pip would wait minutes for an index that cannot be reached.
+TORCH_INDEX ?=
+# UNLOCKED=1: what pyproject.toml does not pin itself is the newest that fits, not what requirements/dev.txt has locked.
+UNLOCKED ?=
 # protoc finds its plugins (mypy-protobuf) by PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PYTEST_ARGUMENTS ?=
@@ -30,8 +33,12 @@ $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed ($(PYTHON) was not found): install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@if cmp -s pyproject.toml $(READY); then touch $(READY); else \
-	  echo "Installing into $(VENV); the first time this takes some minutes (about 3 GB)"; \
-	  $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]' && \
+	  echo "Installing into $(VENV); the first time this takes some minutes, and gigabytes where pip takes torch for CUDA."; \
+	  $(if $(TORCH_INDEX),,echo "The small build for the CPU: make TORCH_INDEX=https://download.pytorch.org/whl/cpu setup";) \
+	  sed -n 's/^\([A-Za-z0-9][^ ]*==[^ ]*\).*/\1/p' requirements/dev.txt >$(VENV)/locked.txt && \
+	  { $(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	    $(if $(UNLOCKED),,--constraint $(VENV)/locked.txt) -e '.[dev]' || \
+	    { echo "If versions conflict, pyproject.toml has changed since requirements/dev.txt was locked: make lock"; exit 1; }; } && \
 	  printf '%s\n' '$(CURDIR)/clients' '$(CURDIR)' >"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ai4thai-source.pth" && \
 	  cp pyproject.toml $(READY); \
 	fi
@@ -61,8 +68,11 @@ check: $(READY) ## Lints, formats, types, imports, the contract and its stubs.
 protos: $(READY) ## Generates the stubs of the contract.
 	$(BIN)/python protos/generate.py
 
+# Unlocked, since a pin that has just changed contradicts the old lock; the next command installs what is locked then.
+lock: UNLOCKED = 1
 lock: $(READY) ## Locks what pyproject.toml pins; UPGRADE=package or UPGRADE=all lets go of older pins, SETS=queue locks one set.
 	$(BIN)/python requirements/lock.py $(SETS) --upgrade '$(UPGRADE)'
+	@rm -f $(READY)
 
 upgrade-check: $(READY) ## What is newer than our pins? PACKAGE=redis VERSION=8.2.0 tries it in a copy (UPGRADE_ARGUMENTS=--help).
 	$(BIN)/python requirements/upgrade_check.py --package '$(PACKAGE)' --version '$(VERSION)' --sets '$(SETS)' $(UPGRADE_ARGUMENTS)

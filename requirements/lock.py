@@ -1,11 +1,15 @@
 """Locks what pyproject.toml pins, tells whether a lock is stale, and tries whether it can be installed; see --help."""
 
 import argparse
+import json
 import os
 import re
+import ssl
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import compatibility
@@ -17,6 +21,9 @@ HERE = Path(__file__).resolve().parent
 # locking the GPU's set would download 3 GB. (pip 23.3 and newer; pyproject.toml's extra `build` pins which.)
 PIP_ARGUMENTS = "--use-feature=fast-deps"
 TORCH_CPU_LINKS = "https://download.pytorch.org/whl/cpu/torch/"
+# What --resolve ends with when nothing is wrong, but not all could be asked.
+NOT_ASKED = 3
+_REACH_S = 15.0
 
 
 def tools(root: Path, folder: Path, python: str, *names: str) -> Path:
@@ -124,9 +131,70 @@ def told(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]
     return lines + [f"{name} {before[name]} → (gone)" for name in before if name not in now]
 
 
-def resolve(root: Path, names: list[str], python: str) -> int:
-    """Whether pip would install these locks, hashes and all, on this machine's Python 3.11: asks the index, installs nothing."""
-    failed = 0
+def beside_source(one: pins.Set, torch_cpu_links: str) -> tuple[str, str]:
+    """pip's option, and the address, by which it finds what is installed beside a lock."""
+    return ("--find-links", torch_cpu_links) if one.file == pins.TORCH_CPU else ("--extra-index-url", pins.NVIDIA_INDEX)
+
+
+def beside(tool: Path, root: Path, one: pins.Set, torch_cpu_links: str) -> tuple[int, str]:
+    """Whether pip would install what a set has beside its lock: 0 and which files, 1 and why not, NOT_ASKED and why."""
+    path = root / "requirements" / one.file
+    packages = [pin.name for pin in pins.read(path.read_text())]
+    option, address = beside_source(one, torch_cpu_links)
+    reached = _reached(address)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch, "report.json")
+        command: list[str | Path] = [
+            tool,
+            "-m",
+            "pip",
+            "install",
+            "--dry-run",
+            "--quiet",
+            "--ignore-installed",
+            "--no-deps",
+        ]
+        command += [*PIP_ARGUMENTS.split(), "--disable-pip-version-check", "--report", report, "-r", path]
+        # Without it nothing is lost that pip has by its own configuration, and nobody waits for pip's retries.
+        command += [option, address] if reached else []
+        if one.file == pins.TENSORRT:  # PyPI's placeholders of the libraries are sources
+            command += ["--only-binary", ",".join(packages[1:])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = json.loads(report.read_text())["install"] if done.returncode == 0 else []
+    versions = {item["metadata"]["name"]: item["metadata"]["version"] for item in found}
+    wrong = "" if found else done.stderr.strip()[-2000:]
+    if one.file == pins.TORCH_CPU and found and not all("+cpu" in version for version in versions.values()):
+        wrong = (
+            f"pip would take the build for CUDA; {address} has none for the CPU. Name another place: TORCH_CPU_LINKS=…"
+        )
+    if not wrong:
+        return 0, ", ".join(f"{name} {version}" for name, version in versions.items())
+    if not reached:
+        return NOT_ASKED, f"requirements/{one.file}, since {address} cannot be reached"
+    return 1, f"requirements/{one.file} cannot be installed:\n{wrong}"
+
+
+def _reached(address: str) -> bool:
+    """Whether a page's server answers, or a folder is there."""
+    if "://" not in (path := address.removeprefix("file://")):
+        return Path(path).exists()
+    try:
+        urllib.request.urlopen(address, timeout=_REACH_S).close()
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except OSError as error:
+        # Somebody is there; pip may have other certificates.
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    return True
+
+
+def resolve(root: Path, names: list[str], python: str, torch_cpu_links: str) -> int:
+    """Whether pip would install these locks, hashes and all, on this machine's Python 3.11: asks the index, installs nothing.
+
+    What is installed beside a lock is asked for too. 0: it would; 1: not; 2: it is another Python; NOT_ASKED: it would, as far as
+    it could be asked.
+    """
+    failed, not_asked = 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         tool = tools(root, Path(scratch), python, "pip")
         version = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
@@ -159,7 +227,17 @@ def resolve(root: Path, names: list[str], python: str) -> int:
                 print(
                     f"{name}: pip on Python {version} would install all {count} packages, each with a hash from the lock."
                 )
-    return failed
+            if pins.named(name).file:
+                code, text = beside(tool, root, pins.named(name), torch_cpu_links)
+                if code == 1:
+                    failed = 1
+                    print(f"{name}: {text}\nCure: another version in pyproject.toml, then make lock", file=sys.stderr)
+                elif code == NOT_ASKED:
+                    not_asked = NOT_ASKED
+                    print(f"not asked: {text}")
+                else:
+                    print(f"{name}: and beside the lock, without a hash: {text}")
+    return failed or not_asked
 
 
 def main() -> int:
@@ -194,7 +272,7 @@ def main() -> int:
     except KeyError as error:
         parser.error(error.args[0])
     if asked.resolve:
-        return resolve(root, asked.resolve, asked.python)
+        return resolve(root, asked.resolve, asked.python, asked.torch_cpu_links)
     if asked.check:
         found = findings(root)
         print(

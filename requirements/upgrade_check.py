@@ -99,11 +99,16 @@ def main() -> int:
 
 
 def _look(named: list[pins.Set], audit: bool, scratch: Path, summary: Summary) -> int:
+    apart = steps.elsewhere(pins.ROOT)
+
     def step() -> str:
         found = steps.newest(pins.ROOT, named or list(pins.SETS), scratch)
         width = max((len(name) for name, _, _ in found), default=0)
         lines = [f"{name:<{width}}  {ours} → {theirs}" for name, ours, theirs in found]
-        return "\n".join(lines) or "none: every pin is the newest release for Python 3.11"
+        lines = lines or ["none: every pin is the newest release for Python 3.11"]
+        return "\n".join(
+            [*lines, *(f"not asked: {name} {ours}, see {pins.NVIDIA_INDEX}/{name}/" for name, ours in apart.items())]
+        )
 
     summary.run("Newer versions than the pins in pyproject.toml", step)
     for one in (named or [pins.named("queue"), pins.named("vision-gpu")]) if audit else ():
@@ -119,10 +124,13 @@ def _try(asked: argparse.Namespace, named: list[pins.Set], scratch: Path, summar
     def repin() -> str:
         if asked.package != "all":
             steps.pinned(tree, asked.package)
+        name = canonicalize_name(asked.package)
+        if name in steps.elsewhere(pins.ROOT) and not asked.version:
+            raise steps.Unknown(f"what is newer was not asked: say VERSION=…, one of {pins.NVIDIA_INDEX}/{name}/")
         if asked.package == "all" or not asked.version:
-            for name, _, theirs in steps.newest(pins.ROOT, named or list(pins.SETS), scratch):
-                if asked.package == "all" or name == canonicalize_name(asked.package):
-                    wanted.append((name, theirs))
+            for newer, _, theirs in steps.newest(pins.ROOT, named or list(pins.SETS), scratch):
+                if asked.package == "all" or newer == name:
+                    wanted.append((newer, theirs))
             if not wanted:
                 raise steps.Unknown(f"there is nothing newer of {asked.package} that pyproject.toml pins")
         else:
@@ -146,7 +154,7 @@ def _try(asked: argparse.Namespace, named: list[pins.Set], scratch: Path, summar
     if good:
         summary.run("The new locks", lambda: steps.checked(tree, names))
         for one in affected:
-            summary.run(f"pip would install {one.name}", partial(steps.resolved, tree, one.name))
+            summary.run(f"pip would install {one.name}", partial(steps.resolved, tree, one.name, asked.torch_cpu_links))
     if good and asked.audit:
         for one in affected:
             summary.run(f"Known holes in {one.name}", partial(steps.audited, tree, one))

@@ -24,15 +24,27 @@ class Unknown(Exception):
     """A step that could not be run, so that it says neither yes nor no."""
 
 
+def elsewhere(root: Path) -> dict[str, str]:
+    """The pins whose files lie at NVIDIA's index, with their versions: an index of all else cannot tell what is newer."""
+    lines = [
+        line
+        for one in pins.SETS
+        if one.file == pins.TENSORRT
+        for line in pins.split(pins.direct(root, one), one.apart)[1]
+    ]
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in map(Requirement, lines)}
+
+
 def newest(root: Path, sets: list[pins.Set], scratch: Path) -> list[tuple[str, str, str]]:
-    """(package, our pin, the newest release for this Python) for each direct pin that has a newer one; asks the index."""
+    """(package, our pin, the newest release for this Python) for each direct pin that has a newer one; asks the index.
+
+    Those of `elsewhere` are left out.
+    """
     ours: dict[str, str] = {}
     for one in sets:
         for requirement in map(Requirement, pins.direct(root, one)):
             ours[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==")
-    ours = {
-        name: version for name, version in ours.items() if not name.startswith("tensorrt")
-    }  # NVIDIA's index has its wheels
+    ours = {name: version for name, version in ours.items() if name not in elsewhere(root)}
     python = lock.tools(root, scratch / "tools", sys.executable, "pip")
     report = scratch / "newest.json"
     command: list[str | Path] = [
@@ -119,11 +131,7 @@ def installed(tree: Path, one: pins.Set, into: Path, torch_cpu_links: str) -> st
     folder = tree / "requirements"
     calls = [[*pip, "install", "--quiet", "--no-deps", "--require-hashes", "-r", str(folder / f"{one.name}.txt")]]
     if one.file:
-        source = (
-            ["--find-links", torch_cpu_links]
-            if one.file == pins.TORCH_CPU
-            else ["--extra-index-url", pins.NVIDIA_INDEX]
-        )
+        source = lock.beside_source(one, torch_cpu_links)
         calls.insert(0, [*pip, "install", "--quiet", "--no-deps", *source, "-r", str(folder / one.file)])
     for call in [*calls, [*pip, "check"]]:
         done = subprocess.run(call, capture_output=True, text=True)
@@ -197,11 +205,20 @@ def audited(tree: Path, one: pins.Set) -> str:
     return f"{len(asked)} packages, no known holes"
 
 
-def resolved(tree: Path, name: str) -> str:
+def resolved(tree: Path, name: str, torch_cpu_links: str) -> str:
     """Asks the index, as `lock.py --resolve` does."""
-    if lock.resolve(tree, [name], sys.executable):
+    code = lock.resolve(tree, [name], sys.executable, torch_cpu_links)
+    if code == lock.NOT_ASKED:
+        raise Unknown(
+            "the lock, each file with its hash; what was not asked stands above. Cure: a network that reaches it"
+        )
+    if code:
         raise Failed("pip says why above")
-    return "each file with its hash"
+    return (
+        "each file with its hash, and what is installed beside the lock"
+        if pins.named(name).file
+        else "each file with its hash"
+    )
 
 
 def validated(tree: Path) -> str:

@@ -137,12 +137,6 @@ def detector_files(name: str, model_dir: Path, prefetched_dir: Path | None = Non
     return files or ([exact] if exact is not None else [])
 
 
-def find_describer(name: str, model_dir: Path) -> str:
-    """The folder of a describer, or the Hugging Face id itself when the model is not here."""
-    path = find_here(name, model_dir)
-    return name if path is None else str(path)
-
-
 def is_local_describer(name: str, model_dir: Path, prefetched_dir: Path | None = None) -> bool:
     """Whether the describer loads without the hub."""
     try:

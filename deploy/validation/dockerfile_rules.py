@@ -62,7 +62,7 @@ def _stage_findings(stages: list[Stage]) -> Iterator[Finding]:
 
 
 def _image_findings(stages: list[Stage]) -> Iterator[Finding]:
-    """Images from elsewhere: one fixed release each, Python 3.11, Debian with security fixes."""
+    """Images from elsewhere: one fixed release each, a slim Python 3.11, Debian with security fixes."""
     names = {stage.name for stage in stages}
     images = [(stage.image, stage.line) for stage in stages if stage.parent is None and stage.image != "scratch"]
     images += [
@@ -82,6 +82,11 @@ def _image_findings(stages: list[Stage]) -> Iterator[Finding]:
             yield Finding(FILE, line, f"the image {image!r} is not Python 3.11", "Use `python:3.11-slim-bookworm`.")
         elif re.search(r"\b(bullseye|buster|stretch)\b", tag):
             wrong = f"the image {image!r} is of a Debian release that gets no security fixes any more"
+            yield Finding(FILE, line, wrong, "Use `python:3.11-slim-bookworm`.")
+        elif name.rsplit("/", 1)[-1] == "python" and not re.fullmatch(r"3\.11(\.\d+)?-slim-[a-z]+", tag):
+            wrong = (
+                f"the image {image!r} is not a slim one of a named Debian release: larger, or another Debian one day"
+            )
             yield Finding(FILE, line, wrong, "Use `python:3.11-slim-bookworm`.")
 
 

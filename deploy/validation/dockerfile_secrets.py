@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from deploy.validation.dockerfile_model import Stage, pairs
+from deploy.validation.dockerfile_model import Instruction, Stage, pairs
 from deploy.validation.findings import Finding
 
 # Whole words of a variable's name, so that TOKENIZERS_PARALLELISM is none.
@@ -20,6 +20,8 @@ _SECRET_FILE = re.compile(
     r"|\.?secrets?|\.ssh|\.aws|\.kube|kubeconfig|credentials(\.json)?|\.docker)"
 )
 _PASSWORD_IN_URL = re.compile(r"://[^/\s:@${}]+:[^/\s@${}]+@")
+# A redirection, but to /dev/null or another descriptor (`2>&1`); `>=` is a version's.
+_WRITES = re.compile(r"\btee\b[^;&|\n]*|>{1,2}\|?(?!=)(?!&\s*[\d-])&?\s*(?!/dev/(?:null|stdout|stderr)\b)[^\s;&|>]+")
 _CURE = "Give it at run time (a file in /run/secrets), or to one RUN alone: `--mount=type=secret,id=…`."
 
 
@@ -44,7 +46,17 @@ def secret_findings(file: str, stages: list[Stage]) -> Iterator[Finding]:
                         yield Finding(file, line, wrong, _CURE)
             if instruction.name == "RUN" and _PASSWORD_IN_URL.search(instruction.text):
                 yield Finding(file, line, "RUN has a password in a URL, which stays in the image's history", _CURE)
-            if instruction.name == "RUN" and re.search(
-                r"\b(cp|cat|install|mv)\b[^;&|]*/run/secrets/[^;&|)]*(>|\s/)", instruction.text
-            ):
-                yield Finding(file, line, "RUN copies a mounted secret into the layer", "Read it where it is mounted.")
+            if instruction.name == "RUN":
+                yield from _mounted_findings(file, instruction)
+
+
+def _mounted_findings(file: str, instruction: Instruction) -> Iterator[Finding]:
+    """Whether a RUN that is given a secret writes something that may be it, by way of a variable or the environment too."""
+    if re.search(r"\b(cp|install|mv)\b[^;&|]*/run/secrets/[^;&|)]*\s/", instruction.text):
+        cure = "Read it where it is mounted."
+        yield Finding(file, instruction.line, "RUN copies a mounted secret into the layer", cure)
+    if not any(flag.startswith("--mount=") and "type=secret" in flag for flag in instruction.flags):
+        return
+    if written := _WRITES.search(instruction.text):
+        wrong = f"RUN is given a secret, and writes into the layer (`{written[0].strip()}`) what may be that secret"
+        yield Finding(file, instruction.line, wrong, "Write that in a RUN of its own, which is given no secret.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from deploy.validation import tools
@@ -12,6 +13,7 @@ from deploy.validation.findings import Finding, Outcome
 from deploy.validation.tree import Options, Tree
 
 SCRIPT = "requirements/lock.py"
+_NOT_ASKED = 3  # the script's: nothing is wrong, but what lies at another index could not be asked for
 _CURE = "Run `make lock`, look at what it changed, and commit it."
 
 
@@ -43,13 +45,17 @@ def check_resolvable(tree: Tree, options: Options) -> Outcome:
         cure = "Mend the network or PIP_INDEX_URL, or leave this check out: `./validate-docker.sh --offline`."
         return Outcome.of([Finding("requirements", 0, wrong, cure)])
     with ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda name: tools.run([sys.executable, SCRIPT, "--resolve", name], tree.root), names)
-        findings = [
-            Finding(f"requirements/{name}.txt", 0, " ".join((answer.stderr or answer.stdout).split())[-1000:], _CURE)
-            for name, answer in zip(names, answers, strict=True)
-            if answer.returncode
-        ]
-    return Outcome.of(findings, note=f"{', '.join(names)}: pip would install each")
+        answers = list(pool.map(lambda name: tools.run([sys.executable, SCRIPT, "--resolve", name], tree.root), names))
+    findings = [
+        Finding(f"requirements/{name}.txt", 0, " ".join((answer.stderr or answer.stdout).split())[-1000:], _CURE)
+        for name, answer in zip(names, answers, strict=True)
+        if answer.returncode not in (0, _NOT_ASKED)
+    ]
+    unasked = dict.fromkeys(
+        line for answer in answers for line in answer.stdout.splitlines() if line.startswith("not asked: ")
+    )
+    note = "; ".join([f"{', '.join(names)}: pip would install each", *unasked])
+    return replace(Outcome.of(findings, note=note), left_out="; ".join(unasked))
 
 
 def lock_names(tree: Tree) -> list[str]:

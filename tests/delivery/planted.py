@@ -87,12 +87,16 @@ READS = {
     "kubernetes": ("deploy/kubernetes",),
 }
 _NO_CACHE = "--no-cache-dir --no-deps --require-hashes -r requirements/queue.txt"
+_PREFETCH = "mkdir -p /models \\\n"  # begins the one RUN that is given a secret
 
 # Each is planted alone.
 SINGLE = (
     Fault("secret in ENV", "dockerfile", "Dockerfile", "ENV QUEUE_WORKER_PORT=2003", f"ENV QUEUE_WORKER_PORT=2003 HF_TOKEN={FAKE_TOKEN}", "ENV HF_TOKEN puts a secret into the image's history", "--mount=type=secret"),
     Fault("secret in ARG", "dockerfile", "Dockerfile", "ARG PREFETCH_MODELS", "ARG REDIS_PASSWORD=x\nARG PREFETCH_MODELS", "ARG REDIS_PASSWORD", "--mount=type=secret"),
     Fault("secret file copied", "dockerfile", "Dockerfile", "COPY serving serving\nCOPY queue_server", "COPY .env serving\nCOPY queue_server", "COPY .env puts a secret file into a layer", "/run/secrets"),
+    Fault("mounted secret echoed into a layer", "dockerfile", "Dockerfile", _PREFETCH, 'echo "$(cat /run/secrets/hf_token)" > /models/t \\\n', "RUN is given a secret, and writes into the layer", "given no secret"),
+    Fault("mounted secret by a variable", "dockerfile", "Dockerfile", _PREFETCH, "T=$(cat /run/secrets/hf_token) && echo $T >> /models/t \\\n", "RUN is given a secret, and writes into the layer", "given no secret"),
+    Fault("mounted secret's environment kept", "dockerfile", "Dockerfile", f"id=hf_token {_PREFETCH}", "id=hf_token,env=HF_TOKEN env | tee /models/t \\\n", "RUN is given a secret, and writes into the layer", "given no secret"),
     Fault("pip cache purge", "dockerfile", "Dockerfile", _NO_CACHE, f"{_NO_CACHE} && pip cache purge", "`pip cache purge`", "--no-cache-dir"),
     Fault("no --no-cache-dir", "dockerfile", "Dockerfile", f"pip install {_NO_CACHE}", f"pip install {_NO_CACHE.removeprefix('--no-cache-dir ')}", "leaves its cache in the layer", "Add `--no-cache-dir`"),
     Fault("unpinned package", "dockerfile", "Dockerfile", _NO_CACHE, f"{_NO_CACHE} requests", "`pip install requests` takes whatever version", "requests==VERSION"),
@@ -107,6 +111,8 @@ SINGLE = (
     Fault("latest", "dockerfile", "Dockerfile", "PYTHON_IMAGE=python:3.11-slim-bookworm", "PYTHON_IMAGE=python:latest", "'python:latest' has no fixed release", "python:3.11-slim-bookworm"),
     Fault("no tag", "dockerfile", "Dockerfile", "PYTHON_IMAGE=python:3.11-slim-bookworm", "PYTHON_IMAGE=registry.example:5000/python", "has no fixed release", "python:3.11-slim-bookworm"),
     Fault("another Python", "dockerfile", "Dockerfile", "PYTHON_IMAGE=python:3.11-slim-bookworm", "PYTHON_IMAGE=python:3.12-slim-bookworm", "is not Python 3.11", "python:3.11-slim-bookworm"),
+    Fault("the whole Python image", "dockerfile", "Dockerfile", "PYTHON_IMAGE=python:3.11-slim-bookworm", "PYTHON_IMAGE=python:3.11", "is not a slim one of a named Debian release", "python:3.11-slim-bookworm"),
+    Fault("any Debian release", "dockerfile", "Dockerfile", "PYTHON_IMAGE=python:3.11-slim-bookworm", "PYTHON_IMAGE=python:3.11.9-slim", "is not a slim one of a named Debian release", "python:3.11-slim-bookworm"),
     Fault("missing stage", "dockerfile", "Dockerfile", "AS h100-optimized", "AS h100", "no stage 'h100-optimized'", "AS h100-optimized"),
     Fault("no init", "dockerfile", "Dockerfile", 'ENTRYPOINT ["tini", "--"]', "", "does not start with an init", "ENTRYPOINT"),
     Fault("no SIGTERM", "dockerfile", "Dockerfile", "STOPSIGNAL SIGTERM", "STOPSIGNAL SIGKILL", "not stopped by SIGTERM", "STOPSIGNAL SIGTERM"),
@@ -114,7 +120,8 @@ SINGLE = (
     Fault("broken Dockerfile", "dockerfile", "Dockerfile", "ENV QUEUE_WORKER_PORT=2003", "ENV QUEUE_WORKER_PORT", "cannot be parsed", "Correct it"),
     Fault("apt without a pin", "hadolint", "Dockerfile", "tini=0.19.0-*", "tini", "DL3008", "https://github.com/hadolint/hadolint/wiki/DL3008"),
     Fault(".git in the context", "context", ".dockerignore", "", "\n!.git\n", "files like .git/*, 30.0 MB", "Leave it out"),
-    Fault("virtual environment in the context", "context", ".dockerignore", "", "\n!.venv\n", "the context is only", "Most is in .venv"),
+    Fault("virtual environment in the context", "context", ".dockerignore", "", "\n!.venv\n", "at most 32.0 MB should be", "Most is in .venv"),
+    Fault("all but the virtual environment in the context", "context", ".dockerignore", (ROOT / ".dockerignore").read_text(), ".venv\n", "at most 32.0 MB should be", "Most is in .git"),
     Fault("a copied file kept out", "context", ".dockerignore", "!serving\n", "", "COPY serving: there is no such file", "!serving"),
     Fault("broken compose.yaml", "yaml", "compose.yaml", "services:\n", "services:\n\t- x\n", "it is not YAML", "a tab"),
     Fault("a key twice", "yaml", "compose.yaml", "    init: true\n", "    init: true\n    init: false\n", "'init' stands here twice", "Correct it"),

@@ -1,9 +1,11 @@
 """The locks say what pyproject.toml pins, and whatever is wrong with them is named together with its cure."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,11 +156,87 @@ def test_the_gpu_locks_are_whole_with_torch_for_cuda_and_every_file_hashed() -> 
     assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", block) for block in h100.values())
 
 
-def test_an_upgrade_of_what_is_not_pinned_is_refused_and_nothing_in_the_tree_changes() -> None:
+@pytest.fixture
+def ask_beside(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], tuple[int, str]]:
+    """`beside` of lock.py for a set, with a place of its files: whether pip would install what has no hash."""
+    monkeypatch.syspath_prepend(ROOT / "requirements")
+    import lock
+    import pins
+
+    def ask(name: str, place: Path) -> tuple[int, str]:
+        monkeypatch.setattr(pins, "NVIDIA_INDEX", place.as_uri())
+        answer: tuple[int, str] = lock.beside(Path(sys.executable), tree, pins.named(name), str(place))
+        return answer
+
+    (tree / "nothing").mkdir()
+    for variable, value in {
+        "CONFIG_FILE": os.devnull,
+        "FIND_LINKS": "",
+        "EXTRA_INDEX_URL": "",
+        "INDEX_URL": (tree / "nothing").as_uri(),
+    }.items():
+        monkeypatch.setenv(f"PIP_{variable}", value)
+    return ask
+
+
+def index(place: Path, *wheels: tuple[str, str]) -> Path:
+    """A package index of such wheels, with nothing in them; it is a folder of files besides."""
+    for name, version in wheels:
+        file = f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+        (place / name).mkdir(parents=True, exist_ok=True)
+        with (place / name / "index.html").open("a") as page:
+            page.write(f'<a href="../{file}">{file}</a>')
+        with zipfile.ZipFile(place / file, "w") as wheel:
+            info = f"{name.replace('-', '_')}-{version}.dist-info"
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    return place
+
+
+def test_what_is_beside_the_locks_is_asked_for_too(
+    tree: Path, ask_beside: Callable[[str, Path], tuple[int, str]]
+) -> None:
+    version = re.findall(r"tensorrt-cu13==(\S+)", (tree / "requirements/tensorrt.txt").read_text())[0]
+    parts = ("tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu13-libs")
+    nvidia = index(tree / "nvidia", *((part, version) for part in parts))
+    code, text = ask_beside("h100", nvidia)
+    assert code == 0 and f"tensorrt-cu13-libs {version}" in text
+
+    replaced("requirements/tensorrt.txt", rf"libs=={version}", "libs==99")(tree)
+    code, text = ask_beside("h100", nvidia)
+    assert code == 1 and "requirements/tensorrt.txt cannot be installed" in text and "tensorrt-cu13-libs==99" in text
+
+    code, text = ask_beside("h100", tree / "nowhere")
+    assert code == 3 and "requirements/tensorrt.txt, since file:" in text and "cannot be reached" in text
+
+
+def test_torch_for_the_cpu_is_the_one_that_is_asked_for(
+    tree: Path, ask_beside: Callable[[str, Path], tuple[int, str]]
+) -> None:
+    version = re.findall(r"^torch==(\S+)", (tree / "requirements/torch-cpu.txt").read_text(), re.MULTILINE)[0]
+    code, text = ask_beside("dev", index(tree / "cpu", ("torch", f"{version}+cpu")))
+    assert (code, text) == (0, f"torch {version}+cpu")
+
+    code, text = ask_beside("dev", index(tree / "cuda", ("torch", version)))
+    assert code == 1 and "pip would take the build for CUDA" in text and "TORCH_CPU_LINKS" in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["urllib3", "--version", "1.0"], ["pyproject.toml does not pin urllib3", "make lock UPGRADE=urllib3"]),
+        (["tensorrt-cu13"], ["what is newer was not asked: say VERSION=…", "pypi.nvidia.com/tensorrt-cu13/"]),
+    ],
+    ids=["not-pinned", "elsewhere"],
+)
+def test_an_upgrade_that_cannot_be_tried_is_refused_and_nothing_in_the_tree_changes(
+    asked: list[str], said: list[str]
+) -> None:
     before = {path: path.read_bytes() for path in [ROOT / "pyproject.toml", *(ROOT / "requirements").glob("*.txt")]}
-    command = [sys.executable, ROOT / "requirements" / "upgrade_check.py", "--package", "urllib3", "--version", "1.0"]
+    command = [sys.executable, ROOT / "requirements" / "upgrade_check.py", "--package", *asked]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "pyproject.toml does not pin urllib3" in done.stdout
-    assert "make lock UPGRADE=urllib3" in done.stdout
+    for text in said:
+        assert text in done.stdout
     assert before == {path: path.read_bytes() for path in before}
