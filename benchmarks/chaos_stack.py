@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import redis
 
 from benchmarks.chaos_power import PowerCuts
-from benchmarks.processes import ENVIRONMENT, ROOT
+from benchmarks.processes import ENVIRONMENT, ROOT, free_ports
 from queue_server.broker import find_program
 from queue_server.keys import LEASES, job
 
@@ -138,7 +137,7 @@ class Stack:
             real_vision: the vision server with the shipped detector instead of benchmarks.chaos_vision.
             settings: the environment of queue server and workers.
         """
-        self.redis_port, self.queue_port, self.vision_port = _free_ports(3)
+        self.redis_port, self.queue_port, self.vision_port = free_ports(3)
         self.lease_s = float(settings["QUEUE_LEASE_S"])
         self.data_dir = folder / "redis"
         self.data_dir.mkdir()
@@ -230,25 +229,6 @@ class Stack:
             "maxmemory-policy": "noeviction",
         }
         return [str(find_program()), *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free.
-
-    They lie below those that the system gives to callers: a caller that tries again and again to reach a server that was killed
-    must not be given the server's own port.
-    """
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(15_000, 30_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in found:
-            found.append(port)
-    return found
 
 
 def _wait_for(port: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,25 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "clients"), str(ROOT)])}
 """In which a process of ours finds the sources."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, so that who listens there later can be named before it does.
+
+    They lie below those that the system gives to callers: a caller that tries again and again to reach a server that was killed
+    must not be given the server's own port.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in found:
+            found.append(port)
+    return found
 
 
 def end_on_sigterm() -> None:

@@ -22,9 +22,9 @@ from pathlib import Path
 from ai4thai.job_results import JobState
 
 from benchmarks.pages import RESULTS, Page, console
-from benchmarks.processes import Measured, end_on_sigterm
+from benchmarks.processes import Measured, end_on_sigterm, free_ports
 from benchmarks.rehearsal_load import FRAME_S, FRAMES, SCENES, Door, Load, fault_of, submission
-from benchmarks.rehearsal_parts import ROOT, Certificates, Edge, Server, free_ports, wait_until
+from benchmarks.rehearsal_parts import ROOT, Certificates, Edge, Server, wait_until
 
 VISION = 2
 WORKERS = 2
@@ -180,7 +180,8 @@ class Rehearsal:
 
 def rehearse(old: Path, new: Path, folder: Path, seconds: float) -> Rehearsal:
     """Up and back again; every process is ended before it returns."""
-    ports = free_ports(2 * VISION + 2)
+    ports = free_ports(2 * VISION + 2 + 4)
+    ports, edge_ports = ports[:-4], ports[-4:]
     certificates = Certificates(folder / "authority")
     tls = folder / "tls"
     certificates.renew(tls, "edge")
@@ -191,6 +192,7 @@ def rehearse(old: Path, new: Path, folder: Path, seconds: float) -> Rehearsal:
         edge = Edge(
             folder,
             tls,
+            ports=edge_ports,
             vision=[f"127.0.0.1:{port}" for port in ports[: 2 * VISION]],
             queue=[f"127.0.0.1:{port}" for port in ports[2 * VISION :]],
         )

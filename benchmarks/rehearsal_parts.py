@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,15 +17,6 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 EDGE = ROOT / "deploy" / "envoy" / "edge.sh"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, so that who listens there later can be named before it does."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def wait_until(what: str, holds: Callable[[], object], timeout_s: float = 60) -> None:
@@ -186,18 +176,19 @@ class Certificates:
 
 
 class Edge(Part):
-    """Envoy by deploy/envoy/edge.sh, as in production but for ports and addresses."""
+    """Envoy by deploy/envoy/edge.sh, as in production but for addresses and ports: vision, queue, inside, admin."""
 
     def __init__(
         self,
         folder: Path,
         tls: Path,
         *,
+        ports: Sequence[int],
         vision: Sequence[str] = ("127.0.0.1:1",),
         queue: Sequence[str] = ("127.0.0.1:1",),
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self.vision_port, self.queue_port, self.inside_port, self.admin_port = free_ports(4)
+        self.vision_port, self.queue_port, self.inside_port, self.admin_port = ports
         own = {
             "ENVOY": find_envoy(),
             "EDGE_HOST": "127.0.0.1",

@@ -66,12 +66,21 @@ class Sweeper:
                 self._ended_s = time.monotonic()
             except StoreUnavailable as error:
                 _log.debug("cannot sweep", error=str(error))
-                # While Redis was away no lease could be renewed: the workers get a whole lease before theirs count as lost.
-                self._leases_from_s = time.monotonic() + self._settings.lease_s
+                # While Redis was away no lease could be renewed.
+                self._spare_leases()
             except Exception:
                 # Sweeping must go on: whatever this was, it is looked for again in the next round.
                 _log.exception("a sweep failed")
+            slept_from_s = time.time()
             await asyncio.sleep(self._settings.sweep_s)
+            # The machine, and whoever else is on it, stood still, or its clock leapt: Redis' clock, by which leases end, with it.
+            # Of a lease that is renewed in time, more than half is left at any moment.
+            if time.time() - slept_from_s > self._settings.sweep_s + self._settings.lease_s / 2:
+                self._spare_leases()
+
+    def _spare_leases(self) -> None:
+        """The workers get a whole lease to renew theirs before any counts as lost."""
+        self._leases_from_s = time.monotonic() + self._settings.lease_s
 
     async def sweep(self) -> None:
         """Does one round; raises StoreUnavailable."""

@@ -17,16 +17,26 @@ _LOCK = "in-use"
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """An empty folder in the system's temporary directory (TMPDIR), deleted with what is in it afterwards."""
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
-        # The lock goes with the process, however it ends: a folder whose lock is free belongs to nobody.
-        descriptor = os.open(Path(name, _LOCK), os.O_CREAT | os.O_RDWR, 0o600)
+    while True:
+        with tempfile.TemporaryDirectory(prefix=PREFIX) as name, _lock(Path(name, _LOCK)) as ours:
+            # Before it was locked, another worker that began may have taken it for abandoned and have deleted it.
+            if ours:
+                inside = Path(name, "files")
+                inside.mkdir()
+                yield inside
+                return
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Makes the file and locks it; whether it is still there then."""
+    # The lock goes with the process, however it ends: a folder whose lock is free belongs to nobody.
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
-            inside = Path(name, "files")
-            inside.mkdir()
-            yield inside
-        finally:
-            os.close(descriptor)
+        yield os.fstat(descriptor).st_nlink > 0
+    finally:
+        os.close(descriptor)
 
 
 def delete_abandoned() -> int:

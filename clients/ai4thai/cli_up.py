@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.markup import escape
@@ -17,6 +17,9 @@ from rich.markup import escape
 from ai4thai.cli_output import err, out, print_error
 from ai4thai.part import PartEnded
 from ai4thai.stack import Ports, PortTaken, Stack, default_data_dir
+
+FREE_PORT_TRIES: Final = 4
+"""A port that was free a moment ago can be taken by the time a server binds it."""
 
 _STYLES = {"broker": "magenta", "vision": "cyan", "queue": "green", "worker": "yellow"}
 
@@ -61,10 +64,7 @@ def up(
 def run_stack(stack: Stack, *, verbose: bool) -> None:
     """Starts the stack, tells how to use it, then mends it until someone interrupts."""
     begun_s = time.monotonic()
-    start_stack(stack)
-    if verbose:
-        show_logs(stack)
-    wait_until_ready(stack)
+    bring_up(stack, verbose=verbose)
     _tell_ready(stack, time.monotonic() - begun_s)
     while True:
         for part, news in stack.mend():
@@ -100,14 +100,35 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def start_stack(stack: Stack) -> None:
+def bring_up(stack: Stack, *, verbose: bool = False) -> None:
+    """Starts the processes and returns when they are ready; if free ports were taken meanwhile, tries a few others.
+
+    Raises:
+        PartEnded, PortTaken: it did not come to that.
+    """
+    for tries_left in reversed(range(FREE_PORT_TRIES)):
+        try:
+            _start(stack)
+            if verbose:
+                show_logs(stack)
+            _wait_until_ready(stack)
+        except (PartEnded, PortTaken):
+            if not tries_left or not stack.lost_a_port():
+                raise
+            err.print("[yellow]A port that was free has been taken meanwhile;[/] starting again on others.")
+            stack.move()
+        else:
+            return
+
+
+def _start(stack: Stack) -> None:
     """Starts the processes and says which."""
     stack.start()
     names = ", ".join(f"[{_STYLES[part.name]}]{part.name}[/]" for part in stack.parts)
     err.print(f"Started {names}. [dim]Logs: {escape(str(stack.log_dir))}[/]", soft_wrap=True)
 
 
-def wait_until_ready(stack: Stack) -> None:
+def _wait_until_ready(stack: Stack) -> None:
     """Shows what is still missing until nothing is."""
     begun_s = time.monotonic()
     told: set[str] = set()

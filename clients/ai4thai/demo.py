@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from ai4thai.cli_job_output import job_line, print_tracks
 from ai4thai.cli_output import err, in_words, out, plain_table
-from ai4thai.cli_up import start_stack, stop_stack, wait_until_ready
+from ai4thai.cli_up import bring_up, stop_stack
 from ai4thai.errors import ServerFault
 from ai4thai.frames import IMAGE_SUFFIXES
 from ai4thai.job_results import AnalyzeJobResult, Job, JobState, VideoJobResult
@@ -39,8 +39,7 @@ def run_demo(save: Path) -> None:
     stack = Stack(Ports.free(), folder, env={"SERVING_LOG_FORMAT": "console"})
     try:
         out.rule("[bold]AI4Thai demo[/]")
-        start_stack(stack)
-        wait_until_ready(stack)
+        bring_up(stack)
         with VisionClient(stack.vision_address) as vision, QueueClient(stack.queue_address) as queue:
             _show_stream(vision, samples)
             _show_questions(vision, samples[0])

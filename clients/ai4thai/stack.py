@@ -36,13 +36,16 @@ class Ports:
     vision: int = 2001
     queue: int = 2003
     redis: int = 6379
+    are_any: bool = False
+    """Whether others would do as well."""
 
     @classmethod
     def free(cls) -> Self:
-        """Three ports that nobody uses at this moment."""
+        """Three ports that nobody uses at this moment; until the servers listen there, somebody else may."""
         with ExitStack() as held:  # all three held at once, so that they differ
             sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-            return cls(*(int(held_socket.getsockname()[1]) for held_socket in sockets))
+            vision, queue, redis = (int(held_socket.getsockname()[1]) for held_socket in sockets)
+            return cls(vision, queue, redis, are_any=True)
 
 
 class PortTaken(Exception):
@@ -128,6 +131,22 @@ class Stack:
                 if not missing:
                     return
                 time.sleep(0.2)
+
+    def lost_a_port(self) -> bool:
+        """Whether somebody else listens on one of the ports since it was found free, where a process that has ended would."""
+        if not self.ports.are_any:
+            return False
+        running = {part.name for part in self.parts if part.exit_code is None}
+        wanted = {"vision": self.ports.vision, "queue": self.ports.queue}
+        if not self.redis_url:
+            wanted["broker"] = self.ports.redis
+        return any(name not in running and self._is_taken(port) for name, port in wanted.items())
+
+    def move(self) -> None:
+        """Stops what runs and takes other free ports, to be started again there."""
+        self.stop()
+        self.parts.clear()
+        self.ports = Ports.free()
 
     def check(self) -> None:
         """Raises PartEnded when a process has ended."""
@@ -221,10 +240,16 @@ class Stack:
         wanted = {"vision": self.ports.vision, "queue": self.ports.queue}
         # Not the broker's: it may find a server there that outlived an earlier run, and adopt it.
         for name, port in wanted.items():
-            try:
-                socket.create_server((self.host, port)).close()
-            except OSError:
-                raise PortTaken(name, port) from None
+            if self._is_taken(port):
+                raise PortTaken(name, port)
+
+    def _is_taken(self, port: int) -> bool:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            socket.create_server((self.host, port), family=family).close()
+        except OSError:
+            return True
+        return False
 
     def _vision_missing(self, http: httpx.Client) -> str:
         if http.get(f"http://{self.vision_address}/health").status_code == 200:

@@ -180,8 +180,7 @@ class Library:
     async def _write_object(self, pieces: Pieces, content_type: str) -> None:
         """Into an object of a new name, which the index knows before it exists."""
         name = new_object_name()
-        await self._say_writing(name, again=False)
-        writing = asyncio.ensure_future(self.objects.write(name, self._saying_so(name, pieces)))
+        writing = asyncio.ensure_future(self._write_known(name, pieces))
         try:
             await asyncio.shield(writing)
         except BaseException:
@@ -190,6 +189,10 @@ class Library:
         # From here on only the index knows whether the object belongs to a file: an answer may be lost.
         if await self._complete(pieces.media_id, pieces.size_bytes, content_type, object_name=name) == "same":
             await self._delete_object(name)
+
+    async def _write_known(self, name: str, pieces: Pieces) -> None:
+        await self._say_writing(name, again=False)
+        await self.objects.write(name, self._saying_so(name, pieces))
 
     async def _store_small(self, contents: Sequence[tuple[str, bytes]]) -> None:
         """In one round trip, whether they are stored already or not."""

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from ai4thai import AsyncQueueClient, AsyncVisionClient, QueueClient, VisionClient
+from ai4thai import AsyncQueueClient, AsyncVisionClient, QueueClient, VisionClient, channel
 
 from tests.clients.fake_servers import FakeQueue, FakeServer, FakeVision
 
@@ -55,6 +56,16 @@ async def async_vision(vision_server: FakeServer) -> AsyncIterator[AsyncVisionCl
 async def async_queue(queue_server: FakeServer) -> AsyncIterator[AsyncQueueClient]:
     async with AsyncQueueClient(queue_server.address, timeout_s=20) as client:
         yield client
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that are made from now on try as often as ever, with shorter pauses. test_retries.py has the true ones."""
+    (methods,) = channel.SERVICE_CONFIG["methodConfig"]
+    quick = {**methods, "retryPolicy": {**channel.RETRY_CONFIG, "initialBackoff": "0.01s"}}
+    config = json.dumps({**channel.SERVICE_CONFIG, "methodConfig": [quick]})
+    options = {**dict(channel._OPTIONS), "grpc.service_config": config}
+    monkeypatch.setattr(channel, "_OPTIONS", tuple(options.items()))
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ async def test_detect(async_vision: AsyncVisionClient, image: Path) -> None:
         await async_vision.detect(BROKEN)
 
 
+@pytest.mark.usefixtures("quick_retries")
 async def test_retries(async_vision: AsyncVisionClient, fake_vision: FakeVision, image: Path) -> None:
     fake_vision.script.fail_next("Detect", FULL, FULL)
     assert (await async_vision.detect(image)).detections

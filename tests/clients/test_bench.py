@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -40,14 +41,20 @@ class Odd(FakeVision):
         self.refuses = False
         self.breaks_after = 0
         self.mistakes = False
+        self.stalls_at = 0
+        """The call with which everybody begins to wait; the first one only asks whether somebody is there."""
+        self.stalls_s = 10.0
         self.open = threading.Event()
         self.open.set()
-        self._turn = 0
+        self._turns = itertools.count(1)
 
     def Detect(self, request: Any, context: Any) -> vision_service_pb2.DetectResponse:
-        self.open.wait(10)
-        self._turn += 1
-        if self.refuses and self._turn % 3 == 0:
+        turn = next(self._turns)
+        if turn == self.stalls_at:
+            self.open.clear()
+        if not self.open.wait(self.stalls_s):
+            self.open.set()
+        if self.refuses and turn % 3 == 0:
             full = ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "Full.", retry_after_s=0.02)
             self.script.fail_next("Detect", full)
         return super().Detect(request, context)
@@ -117,7 +124,7 @@ def test_the_warm_up_does_not_count(odd: Odd) -> None:
 
 
 def test_streams_keep_frames_on_their_way(odd: Odd) -> None:
-    report = put(odd, Load(callers=2, seconds=0.5, warm_up_s=0, streams=True, in_flight=3), (IMAGE, BROKEN))
+    report = put(odd, Load(callers=2, seconds=1, warm_up_s=0, streams=True, in_flight=3), (IMAGE, BROKEN))
 
     assert adds_up(report) and report.answered_count > 10
     assert abs(report.answered_count - report.failed_count) <= 2  # every other frame is broken
@@ -144,13 +151,7 @@ def test_random_arrivals_come_at_the_same_rate(odd: Odd) -> None:
 
 def test_a_server_that_stalls_is_charged_with_all_that_was_due_meanwhile(odd: Odd) -> None:
     # given a server that stands still for one second of two
-    def stall() -> None:
-        time.sleep(0.5)
-        odd.open.clear()
-        time.sleep(1)
-        odd.open.set()
-
-    threading.Thread(target=stall, daemon=True).start()
+    odd.stalls_at, odd.stalls_s = 15, 1
 
     # when images are due at a fixed rate
     report = put(odd, Load(callers=2, seconds=2, warm_up_s=0, rate_per_s=30))
@@ -163,13 +164,7 @@ def test_a_server_that_stalls_is_charged_with_all_that_was_due_meanwhile(odd: Od
 
 
 def test_what_is_due_beyond_the_bound_is_not_sent_but_told(odd: Odd) -> None:
-    def stall() -> None:
-        time.sleep(0.3)
-        odd.open.clear()
-        time.sleep(0.7)
-        odd.open.set()
-
-    threading.Thread(target=stall, daemon=True).start()
+    odd.stalls_at, odd.stalls_s = 15, 0.7
 
     report = put(odd, Load(callers=1, seconds=1, warm_up_s=0, rate_per_s=50, max_outstanding=5))
 
@@ -212,23 +207,28 @@ def test_a_result_out_of_turn_is_the_servers_fault(odd: Odd) -> None:
 
 
 def test_what_never_comes_ends_at_its_deadline(odd: Odd) -> None:
-    threading.Timer(0.3, odd.open.clear).start()
+    odd.stalls_at = 4
 
-    report = put(odd, Load(callers=2, seconds=0.6, warm_up_s=0, deadline_s=0.5))
+    report = put(odd, Load(callers=2, seconds=1, warm_up_s=0, deadline_s=1))
 
     assert adds_up(report)
-    assert [(one.code, one.latency.count) for one in report.failures] == [("DEADLINE_EXCEEDED", 2)]
+    (failure,) = report.failures
+    # One for each caller, but for one that gets to its second call only when the seconds are over.
+    assert failure.code == "DEADLINE_EXCEEDED" and 1 <= failure.latency.count <= 2
 
 
 def test_stop_ends_it_early_and_reports_what_was(odd: Odd) -> None:
     async def run() -> LoadReport:
-        running = Bench(odd.address, (IMAGE,), Load(callers=2, seconds=60, warm_up_s=0))
-        asyncio.get_running_loop().call_later(0.5, running.stop)
-        return await running.run()
+        bench = Bench(odd.address, (IMAGE,), Load(callers=2, seconds=60, warm_up_s=0))
+        running = asyncio.create_task(bench.run())
+        while odd.script.calls.count("Detect") < 5:  # noqa: ASYNC110  # seen from outside, in the server's threads
+            await asyncio.sleep(0.01)
+        bench.stop()
+        return await running
 
-    report = asyncio.run(run())
+    report = asyncio.run(asyncio.wait_for(run(), 60))
 
-    assert adds_up(report) and report.sent_count > 0 and 0.3 < report.seconds < 20
+    assert adds_up(report) and report.sent_count > 0 and report.seconds < 20
 
 
 def test_nobody_there_or_no_such_model_is_told_at_once(odd: Odd) -> None:

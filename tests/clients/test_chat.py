@@ -84,6 +84,7 @@ def test_begun_anew_the_last_pictures_are_shown_again(vision: VisionClient, fake
     assert turns(fake_vision)[1:] == [("USER", [b"three", "This one?"])]
 
 
+@pytest.mark.usefixtures("quick_retries")
 def test_a_question_that_failed_is_not_kept_but_its_picture_is(vision: VisionClient, fake_vision: FakeVision) -> None:
     conversation = Conversation(vision)
     list(conversation.ask("First?"))
@@ -209,6 +210,7 @@ def test_what_is_wrong_from_the_beginning_is_said_before_any_question(
     assert not fake_vision.script.calls
 
 
+@pytest.mark.usefixtures("quick_retries")
 def test_nobody_there_is_an_error() -> None:
     result = CliRunner().invoke(app, ["chat", "--vision", "localhost:1"], input="What?\n")
 

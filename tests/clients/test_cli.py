@@ -117,6 +117,7 @@ def test_errors_are_one_line_with_the_servers_words(run: Run, image: Path, fake_
     assert (result.exit_code, result.stderr) == (1, "Error: There is no model 'x[y]'.\n")
 
 
+@pytest.mark.usefixtures("quick_retries")
 def test_nobody_there_tells_how_to_start_one(run: Run, image: Path) -> None:
     result = run("detect", image, "--vision", "localhost:1")
 

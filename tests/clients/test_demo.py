@@ -13,14 +13,12 @@ import psutil
 from tests.processes import ROOT
 
 
-def test_the_demo_shows_everything_and_leaves_nothing_running(tmp_path: Path) -> None:
-    scratch = tmp_path / "s"  # short: a Unix socket lies below it, whose path may have 107 bytes
-    scratch.mkdir()
+def test_the_demo_shows_everything_and_leaves_nothing_running(tmp_path: Path, short_folder: Path) -> None:
     command = [sys.executable, "-m", "ai4thai.cli", "demo", "--save", "shown/picture.jpg"]
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("AI4THAI_", "REDIS_"))},
         "PYTHONPATH": os.pathsep.join([str(ROOT / "clients"), str(ROOT)]),
-        "TMPDIR": str(scratch),
+        "TMPDIR": str(short_folder),
         "COLUMNS": "120",
     }
 
@@ -37,8 +35,8 @@ def test_the_demo_shows_everything_and_leaves_nothing_running(tmp_path: Path) ->
     assert b"ftyp" in (tmp_path / "shown" / "picture.mp4").read_bytes()[:16] and "45 frames" in printed
     assert "ai4thai up" in printed and "All of it worked" in printed
     # torch leaves an empty cache folder behind; of ours there is nothing.
-    assert [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor_")] == []
-    ours = [process for process in psutil.process_iter(["environ"]) if _belongs(process, str(scratch))]
+    assert [path.name for path in short_folder.iterdir() if not path.name.startswith("torchinductor_")] == []
+    ours = [process for process in psutil.process_iter(["environ"]) if _belongs(process, str(short_folder))]
     assert ours == []
 
 

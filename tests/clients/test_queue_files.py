@@ -239,6 +239,7 @@ def test_many_large_ones_go_in_several_calls(queue: QueueClient, fake_queue: Fak
     assert queue.submit_many([]) == []
 
 
+@pytest.mark.usefixtures("quick_retries")
 def test_a_server_that_goes_away_is_an_outcome_too(queue: QueueClient, fake_queue: FakeQueue) -> None:
     away = ServiceError(Code.UNAVAILABLE, "DRAINING", "The server is shutting down.")
     fake_queue.script.fail_next("BatchSubmitJobs", *[away] * 9)

@@ -59,11 +59,12 @@ async def test_a_file_goes_up_and_down_over_a_line_that_breaks(front: Front, tmp
                 assert queue.upload(source).media_id == media.media_id
                 assert proxy.bytes - before < 10_000
         with cutting_proxy(front.address) as proxy:
-            proxy.cut_after.extend([2_000_000, 4_000_000])
+            proxy.cut_after.extend([3_000_000, 5_500_000])
             with QueueClient(proxy.address) as queue:
                 queue.download(media.media_id, target)
             assert proxy.cuts == 2
-            assert proxy.bytes < 1.4 * len(content)  # what had come was not sent again
+            # What had come was not sent again (it would be 1.9 times as much); what was on its way at a cut was.
+            assert proxy.bytes < 1.75 * len(content)
 
     await asyncio.to_thread(there_and_back)
     assert target.read_bytes() == content

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import socket
 import threading
-import time
 from pathlib import Path
 
 import grpc
@@ -13,8 +11,10 @@ from ai4thai.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
 
 from serving.errors import Code, ServiceError
 from tests.clients.fake_servers import FakeQueue, FakeServer, FakeVision
+from tests.ports import free_port
 
 LOADING = ServiceError(Code.UNAVAILABLE, "MODEL_LOADING", "The model is loading.", retry_after_s=7)
+AWAY = grpc.ChannelConnectivity.TRANSIENT_FAILURE
 FULL = ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "256 images wait; the limit is 256.", retry_after_s=2)
 
 
@@ -73,9 +73,9 @@ def test_a_lost_answer_to_a_submission_makes_no_second_job(
     assert [job.job_id] == list(fake_queue.jobs)
 
 
+@pytest.mark.usefixtures("quick_retries")
 def test_nobody_there_is_said_with_the_address(image: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = held.getsockname()[1]
+    port = free_port()
     with (
         VisionClient(f"localhost:{port}", timeout_s=20) as client,
         pytest.raises(Unavailable, match=f"localhost:{port}") as caught,
@@ -85,8 +85,7 @@ def test_nobody_there_is_said_with_the_address(image: Path) -> None:
 
 
 def test_a_server_that_comes_while_the_client_tries_is_found(image: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = held.getsockname()[1]
+    port = free_port()
     late = FakeServer(FakeVision())
     late.server.add_insecure_port(f"127.0.0.1:{port}")
     timer = threading.Timer(0.5, late.server.start)
@@ -99,13 +98,16 @@ def test_a_server_that_comes_while_the_client_tries_is_found(image: Path) -> Non
         late.server.stop(0).wait()
 
 
+@pytest.mark.usefixtures("quick_retries")
 def test_a_process_that_says_it_stops_gets_no_more_calls(
     vision_server: FakeServer, fake_vision: FakeVision, image: Path
 ) -> None:
     with VisionClient(f"127.0.0.1:{vision_server.port}", timeout_s=20) as vision:
         vision.detect(image)
+        heard = threading.Event()
+        vision._channel.subscribe(lambda state: state is AWAY and heard.set())
         vision_server.report("", serving=False)
-        time.sleep(0.5)  # the news travels over the health watch
+        assert heard.wait(20)  # the news travels over the health watch
 
         with pytest.raises(Unavailable, match="doesn't serve at this moment"):
             vision.detect(image)

@@ -20,12 +20,15 @@ from ai4thai.part import Part, PartEnded
 from ai4thai.stack import Ports, Stack
 
 from tests.clients.fake_servers import FakeServer, FakeVision
+from tests.ports import free_port
 from tests.processes import ROOT
 
 VISION_IN_SHAPE = """
-import http.server, json, os, signal, sys
+import http.server, json, os, pathlib, signal, sys, time
 
 MODELS = json.loads(os.environ.get("FAKE_MODELS", "[]"))
+PORT = os.environ["VISION_SERVICE_PORT"]
+TOLD = pathlib.Path(os.environ.get("FAKE_TELLS_PORT", os.devnull))  # the first to come waits until this says "go"
 
 class Face(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -38,7 +41,11 @@ class Face(http.server.BaseHTTPRequestHandler):
         pass
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["VISION_SERVICE_PORT"])), Face).serve_forever()
+if not TOLD.exists():
+    TOLD.write_text(PORT)
+    while TOLD.read_text() != "go":
+        time.sleep(0.01)
+http.server.ThreadingHTTPServer(("127.0.0.1", int(PORT)), Face).serve_forever()
 """
 
 
@@ -53,13 +60,18 @@ class Up:
     def text(self) -> str:
         return self._output.read_text()
 
-    def wait_for(self, words: str, timeout_s: float = 40) -> str:
-        until_s = time.monotonic() + timeout_s
-        while words not in self.text:
-            if self.process.poll() is not None or time.monotonic() > until_s:
-                raise AssertionError(f"{words!r} did not come; exit code {self.process.poll()}:\n{self.text}")
-            time.sleep(0.05)
+    def wait_for(self, words: str) -> str:
+        """What it has printed, once these words are in it."""
+        self.wait_until(repr(words), lambda: words in self.text)
         return self.text
+
+    def wait_until(self, what: str, holds: Callable[[], object]) -> None:
+        """Waits for something that is to come about while it runs."""
+        until_s = time.monotonic() + 40
+        while not holds():
+            if self.process.poll() is not None or time.monotonic() > until_s:
+                raise AssertionError(f"{what} did not come; exit code {self.process.poll()}:\n{self.text}")
+            time.sleep(0.05)
 
     def children(self) -> dict[str, psutil.Process]:
         """By the module that each runs."""
@@ -225,17 +237,18 @@ def test_nothing_outlives_a_killed_up(start: Start) -> None:
 def test_a_port_that_is_taken_is_named(start: Start) -> None:
     with FakeServer(FakeVision()) as other, VisionClient(other.address) as client:
         assert client.info().version
-        up = start("--vision-port", str(other.port), "--queue-port", str(Ports.free().queue))
+        up = start("--vision-port", str(other.port), "--queue-port", str(free_port()))
         assert up.process.wait(60) == 1
         assert f"Port {other.port}" in up.text and "--free-ports" in up.text
 
 
-def test_a_redis_of_ones_own_is_used_and_a_wrong_one_is_told(start: Start) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        nobody = held.getsockname()[1]
-    up = start("--free-ports", REDIS_URL=f"redis://127.0.0.1:{nobody}/0")
+def test_a_redis_of_ones_own_is_used_and_a_wrong_one_is_told(start: Start, tmp_path: Path) -> None:
+    up = start("--free-ports", REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
     up.wait_for("Started vision, queue, worker")
-    time.sleep(2)
+    log = tmp_path / "data" / "logs" / "queue.log"
+    # `up` asks for the workers in each of its rounds: when it does so again it has seen what the first one said.
+    up.wait_until("the second round", lambda: log.read_text().count("ListWorkers") >= 2)
+    assert "health check does not pass check=redis" in log.read_text()
     assert "Ready" not in up.text
     with_broker = start("--free-ports", "--data-dir", "other")
     printed = with_broker.wait_for("Ctrl-C stops everything")
@@ -249,11 +262,24 @@ def test_a_model_that_cannot_be_loaded_is_told_and_the_rest_serves(start: Start)
     assert "the model big[model] could not be loaded: no such file" in printed
 
 
+def test_a_free_port_that_somebody_takes_before_the_server_binds_it_is_left_to_them(
+    start: Start, tmp_path: Path
+) -> None:
+    told = tmp_path / "port.txt"
+    up = start("--free-ports", FAKE_TELLS_PORT=str(told))
+    up.wait_until("the vision server's port", lambda: told.exists() and told.read_text())
+    port = told.read_text()
+    with socket.create_server(("127.0.0.1", int(port))):
+        told.write_text("go")
+        printed = up.wait_for("Ctrl-C stops everything")
+    assert "A port that was free has been taken meanwhile" in printed
+    ready = printed.partition("Ready")[2]
+    assert "localhost:" in ready and f"localhost:{port}" not in ready
+
+
 def test_verbose_shows_the_processes_lines(start: Start) -> None:
     up = start("--free-ports", "--verbose")
-    up.wait_for("Ctrl-C stops everything")
-    up.wait_for("queue   ")
-    assert re.search(r"^(queue|worker|broker) +\S", up.text, re.MULTILINE)
+    up.wait_until("a line", lambda: re.search(r"^(queue|worker|broker) +\S", up.text, re.MULTILINE))
 
 
 @pytest.mark.parametrize(

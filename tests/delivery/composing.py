@@ -259,7 +259,7 @@ class Composition:
         place = self._folder / name
         (place / "run/secrets").mkdir(parents=True, exist_ok=True)
         # What the container has where. /tmp is short, for a socket's path may have 107 characters, and goes with the container.
-        temporary = Path(tempfile.mkdtemp(prefix="tmp-"))
+        temporary = Path(tempfile.mkdtemp(prefix="tmp-", dir="/tmp"))
         places = {"/tmp": temporary, "/run/secrets": place / "run/secrets"}
         for mount in service.get("volumes", ()):
             places[mount["target"]] = self._folder / "volumes" / mount["source"]

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import socketserver
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -148,7 +150,9 @@ class Engine:
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True)
-        address = str(self._folder / "engine.sock")
+        # Not in the test's folder: a socket's path may have 107 characters.
+        self._socket_folder = Path(tempfile.mkdtemp(prefix="d-", dir="/tmp"))
+        address = str(self._socket_folder / "engine.sock")
         (self.path / "docker").write_text(CLIENT.format(python=sys.executable, address=address))
         (self.path / "docker").chmod(0o755)
         engine = self
@@ -167,6 +171,7 @@ class Engine:
     def __exit__(self, *error: Any) -> None:
         self._server.shutdown()
         self._server.server_close()
+        shutil.rmtree(self._socket_folder)
         for project in self.projects.values():
             project.__exit__(*error)
 

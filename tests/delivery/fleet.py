@@ -14,7 +14,8 @@ import pytest
 from ai4thai import VisionClient
 from ai4thai.vision.v1 import image_pb2, vision_service_pb2, vision_service_pb2_grpc
 
-from benchmarks.rehearsal_parts import ROOT, Certificates, Edge, Server, free_ports, wait_until
+from benchmarks.rehearsal_parts import ROOT, Certificates, Edge, Server, wait_until
+from tests.ports import free_port
 from tests.programs import needed
 
 SCENE = ROOT / "clients" / "ai4thai" / "samples" / "scene-01.jpg"
@@ -127,7 +128,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Three vision servers with the shipped detector, behind the edge."""
     needed("openssl")
     folder = tmp_path_factory.mktemp("fleet")
-    ports = free_ports(5)
+    ports = [free_port() for _ in range(5)]
     certificates = Certificates(folder / "authority")
     tls = folder / "tls"
     certificates.renew(tls, "edge")
@@ -150,6 +151,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     edge = Edge(
         folder,
         tls,
+        ports=[free_port() for _ in range(4)],
         vision=[server.address for server in servers],
         queue=[f"127.0.0.1:{port}" for port in ports[3:]],
     )

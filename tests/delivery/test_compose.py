@@ -20,8 +20,8 @@ from check_jsonschema.builtin_schemas import get_builtin_schema
 from jsonschema import Draft7Validator
 
 from tests.delivery.composing import Composition, Refused, resolve, seconds
+from tests.ports import free_port
 from tests.processes import ROOT
-from tests.queue_server.redis_servers import free_port
 
 SAMPLES = ROOT / "clients/ai4thai/samples"
 # All that a shell or a configuration file might take for something else; blanks and line ends around it do not count.

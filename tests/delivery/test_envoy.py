@@ -26,9 +26,11 @@ from ai4thai.vision.v1 import vision_service_pb2 as pb
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.rehearsal_load import follow
-from benchmarks.rehearsal_parts import EDGE, ROOT, Edge, find_envoy, wait_until
+from benchmarks.rehearsal_parts import EDGE, ROOT, Certificates, Edge, Server, find_envoy, wait_until
+from tests.delivery.composing import resolve
 from tests.delivery.far_away import far_away
 from tests.delivery.fleet import SCENE, Fleet, calling
+from tests.ports import free_port
 from tests.programs import needed
 
 BIN = Path(sys.executable).parent
@@ -49,6 +51,13 @@ def streamed(door: str, fleet: Fleet, count: int, pause_s: float) -> tuple[list[
     """The frames of a camera that were answered, and how often it had to move to another server."""
     with grpc.secure_channel(door.removeprefix("grpcs://"), fleet.credentials) as channel:
         return follow(channel, count, pause_s)
+
+
+def streams_at(server: Server) -> int:
+    """How many streams the server has."""
+    metrics = httpx.get(f"http://{server.address}/metrics", trust_env=False, timeout=30).text
+    (line,) = (line for line in metrics.splitlines() if line.startswith("ai4thai_streams "))
+    return int(float(line.split()[1]))
 
 
 def check(**env: str) -> subprocess.CompletedProcess[str]:
@@ -148,18 +157,24 @@ def test_what_is_not_for_the_outside_stays_inside(fleet: Fleet, web: httpx.Clien
     assert httpx.get(f"{inside}/quitquitquit", trust_env=False).status_code == 404
 
 
+def composed(**env: str) -> dict[str, Any]:
+    """The services of the platform's compose file with the edge's."""
+    done = resolve("-f", "compose.yaml", "-f", "deploy/envoy/compose.yaml", environment=env)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout)["services"])
+
+
+def test_the_container_add_on_takes_a_folder_beside_it_and_ports_from_the_platforms_settings() -> None:
+    edge = composed(EDGE_TLS_DIR="tls", VISION_SERVICE_PORT="3001", QUEUE_WORKER_PORT="3003")["edge"]
+    assert {(port["published"], port["target"]) for port in edge["ports"]} == {("3001", 2001), ("3003", 2003)}
+    assert (edge["environment"]["EDGE_VISION"], edge["environment"]["EDGE_QUEUE"]) == ("vision:3001", "queue:3003")
+    mounted = {volume["target"]: volume for volume in edge["volumes"]}["/etc/envoy/tls"]
+    assert (mounted["type"], mounted["source"], mounted["read_only"]) == ("bind", str(ROOT / "tls"), True)
+
+
 def test_the_container_add_on_publishes_the_edge_alone_and_its_health_check_works(fleet: Fleet) -> None:
     # Given the platform's compose file with the edge's
-    done = subprocess.run(
-        [BIN / "docker-compose", "-f", "compose.yaml", "-f", "deploy/envoy/compose.yaml", "config", "--format", "json"],
-        cwd=ROOT,
-        env={**os.environ, "EDGE_TLS_DIR": "/certificates"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    services = json.loads(done.stdout)["services"]
+    services = composed(EDGE_TLS_DIR="/certificates")
     # Then only the edge's two doors are published, and it looks for servers where they are
     assert {
         name: [port["target"] for port in one.get("ports", [])] for name, one in services.items() if one.get("ports")
@@ -257,7 +272,7 @@ def test_a_server_that_drains_answers_all_it_has_been_sent_and_leaves(fleet: Fle
         load.wait_for_more(10)
         # Given nine cameras, whose streams lie on all three servers
         streams = [pool.submit(streamed, fleet.vision, fleet, 40, 0.2) for _ in range(9)]
-        load.wait_for_more(20)
+        wait_until("they run", lambda: sum(map(streams_at, fleet.servers)) == 9)
         # When one is told to stop
         began_s = time.monotonic()
         code = leaving.stop(90)
@@ -293,9 +308,47 @@ def test_a_renewed_certificate_is_taken_up_without_a_restart(fleet: Fleet) -> No
     assert load.failures == [] and load.bare_failures == []
 
 
+def test_with_clients_crt_only_callers_with_a_certificate_of_theirs_get_in(tmp_path: Path) -> None:
+    # Given authorities that sign callers, among them not the one that has signed the edge
+    ours, theirs = Certificates(tmp_path / "ours"), Certificates(tmp_path / "theirs")
+    ours.renew(tmp_path / "tls", "edge")
+    theirs.renew(tmp_path / "caller", "caller")
+    ours.renew(tmp_path / "stranger", "stranger")
+    (tmp_path / "tls" / "clients.crt").write_bytes(theirs.authority.read_bytes())
+    edge = Edge(tmp_path, tmp_path / "tls", ports=[free_port() for _ in range(4)])
+
+    def answered(port: int, folder: str) -> int:
+        """What HTTP status a caller hears that shows this folder's certificate; 0: it is not let in."""
+        context = ssl.create_default_context(cafile=str(ours.authority))
+        if folder:
+            context.load_cert_chain(tmp_path / folder / "tls.crt", tmp_path / folder / "tls.key")
+        try:
+            return httpx.get(f"https://localhost:{port}/metrics", verify=context, trust_env=False).status_code
+        except httpx.TransportError:
+            return 0
+
+    edge.start()
+    try:
+        # Then each door answers the caller (that there is no such page), and nobody else
+        for port in (edge.vision_port, edge.queue_port):
+            wait_until("it listens", lambda port=port: answered(port, "caller") == 404)
+            assert [answered(port, "stranger"), answered(port, "")] == [0, 0]
+        # And where there is no clients.crt, it is said that anyone may call
+        assert "whoever reaches it may call" not in edge.text()
+        assert "whoever reaches it may call" in check(EDGE_RUN_DIR=str(tmp_path / "run"), EDGE_TLS_DIR="/none").stderr
+    finally:
+        edge.kill()
+
+
 def test_an_edge_that_is_stopped_lets_running_calls_end(fleet: Fleet, tmp_path: Path) -> None:
     # Given a second edge before the same servers, with a stream through it
-    other = Edge(tmp_path, fleet.tls, vision=[one.address for one in fleet.servers], env={"EDGE_UNREADY_SECONDS": "1"})
+    other = Edge(
+        tmp_path,
+        fleet.tls,
+        ports=[free_port() for _ in range(4)],
+        vision=[one.address for one in fleet.servers],
+        env={"EDGE_UNREADY_SECONDS": "4"},
+    )
     other.start()
     try:
         wait_until("it has found a server", lambda: other.healthy("vision_grpc"))

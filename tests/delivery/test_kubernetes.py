@@ -20,11 +20,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.kubernetes import check, objects, settings
 from deploy.kubernetes.objects import HERE, Objects
-from queue_server.broker import find_program
+from tests.delivery import composing
 from tests.delivery.manifests import OVERLAYS, environment, of, rendered
 from tests.end_to_end.conftest import wait_until
+from tests.ports import free_port
 from tests.processes import ROOT, ServerProcess
-from tests.queue_server.redis_servers import free_port
 
 
 def test_the_overlays_are_those_that_are_spoken_of() -> None:
@@ -42,9 +42,7 @@ def test_images_have_the_version_of_this_checkout(overlay: str) -> None:
     ours = {
         one.container["image"].rpartition("/")[2] for one in rendered(overlay).workloads if one.component != "redis"
     }
-    assert ours == {f"team10-vision:{version}", f"team10-queue:{version}"} or (
-        overlay == "production" and ours == {f"vision:{version}", f"queue:{version}"}
-    )
+    assert ours == {f"team10-vision:{version}", f"team10-queue:{version}"}
 
 
 def test_redis_is_the_one_that_compose_has() -> None:
@@ -93,13 +91,33 @@ def site(tmp_path: Path, text: str) -> Iterator[Path]:
 
 def test_the_site_of_the_readme(tmp_path: Path) -> None:
     [example] = re.findall(r"^```yaml\n(.+?)^```", (HERE / "README.md").read_text(), re.S | re.M)
-    with site(tmp_path, example.replace("deploy/kubernetes", "@")) as folder:
+    example = example.replace("deploy/kubernetes", "@")
+    with site(tmp_path, example.replace("registry.example.com", "registry.site:5000")) as folder:
         found = objects.render(folder)
+        (folder / "kustomization.yaml").write_text(
+            (folder / "kustomization.yaml").read_text().replace("site:5000", "example.com")
+        )
+        as_it_is = check.findings(objects.render(folder))
     assert check.findings(found) == []
     vision = of(found, "vision")
-    assert vision.container["image"] == "registry.example.com/team10/vision:v1.4.0"
+    assert vision.container["image"] == "registry.site:5000/team10/vision:v1.4.0"
     assert found.environment(vision)["VISION_MAX_BATCH"] == "16"
     assert found.of("ScaledObject")
+    # And whoever forgets the registry is told
+    assert len(as_it_is) == 3 and all("only an example" in finding.wrong for finding in as_it_is)
+
+
+def test_a_site_on_production_names_its_own_registry(tmp_path: Path) -> None:
+    names = "".join(
+        f"  - {{name: team10-{one}, newName: registry.site/{one}, newTag: v2}}\n" for one in ("vision", "queue")
+    )
+    with site(tmp_path, f'resources: ["@/overlays/production"]\nimages:\n{names}') as folder:
+        found = objects.render(folder)
+    images = {one.component: one.container["image"] for one in found.workloads}
+    assert images == {
+        "vision": "registry.site/vision:v2",
+        **dict.fromkeys(("queue", "worker"), "registry.site/queue:v2"),
+    }
 
 
 def test_files_may_lie_in_a_shared_folder(tmp_path: Path) -> None:
@@ -185,10 +203,10 @@ def module(found: Objects, component: str) -> str:
 
 
 @contextmanager
-def running(command: list[str], path: str, log: Path) -> Iterator[None]:
+def running(command: list[str], environ: dict[str, str], log: Path) -> Iterator[None]:
     """A program that is ended afterwards."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env={**os.environ, "PATH": path}, stdout=output, stderr=output)
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
     try:
         yield
     finally:
@@ -196,11 +214,12 @@ def running(command: list[str], path: str, log: Path) -> Iterator[None]:
         process.wait()
 
 
-def test_redis_queue_and_worker_run_by_their_manifests(tmp_path: Path) -> None:
-    # given the StatefulSet's own command and file, its paths moved here, with a password that no shell would like
+def test_redis_queue_and_worker_run_by_their_manifests(tmp_path: Path, short_folder: Path) -> None:
+    # given the StatefulSet's own command and files, its paths moved here, with a password that no shell would like, and around it what
+    # some editors write
     found, port = rendered("cpu"), free_port()
-    secrets = lay_secrets(tmp_path / "secrets", redis_password="a b\"$(x)\\c'\n")
-    places = {"/run/redis": "run", "/run/secrets": "secrets", "/etc/redis": "etc", "/data": "data"}
+    secrets = lay_secrets(tmp_path / "secrets", redis_password="  a b\"$(x)\\c'\r\n")
+    places = {"/opt/redis": "opt", "/etc/redis": "etc", "/data": "data"}
     for place in places.values():
         (tmp_path / place).mkdir(exist_ok=True)
 
@@ -210,22 +229,24 @@ def test_redis_queue_and_worker_run_by_their_manifests(tmp_path: Path) -> None:
         return text
 
     configuration = environment(found, "redis")["redis.conf"]
-    (tmp_path / "etc" / "redis.conf").write_text(moved(configuration) + f"port {port}\nbind 127.0.0.1\n")
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "valkey-server").symlink_to(find_program())
-    (programs / "valkey-cli").write_text(
-        f"#!{sys.executable}\nimport os, redis\n"
-        f"print('PONG' if redis.Redis(port={port}, password=os.environ['REDISCLI_AUTH']).ping() else '')\n"
-    )
-    (programs / "valkey-cli").chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
+    (tmp_path / "etc" / "redis.conf").write_text(moved(configuration) + "bind 127.0.0.1\n")
+    (tmp_path / "opt" / "redis.sh").write_text(environment(found, "redis-script")["redis.sh"])
+    composing._tools(tmp_path / "bin")
     redis = of(found, "redis").container
-    with running([moved(word) for word in redis["command"]], path, tmp_path / "redis.log"):
+    environ_redis = {
+        **os.environ,
+        **{one["name"]: one["value"] for one in redis["env"]},
+        **{
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "REDIS_PORT": str(port),
+            "AI4THAI_SECRETS_DIR": str(secrets),
+        },
+    }
+    with running([moved(word) for word in redis["command"]], environ_redis, tmp_path / "redis.log"):
         probe = [moved(word) for word in redis["readinessProbe"]["exec"]["command"]]
-        answers = {**os.environ, "PATH": path}
         wait_until(
-            "Redis' readiness probe", lambda: subprocess.run(probe, env=answers, capture_output=True).returncode == 0
+            "Redis' readiness probe",
+            lambda: subprocess.run(probe, env=environ_redis, capture_output=True).returncode == 0,
         )
 
         # when the queue server and a worker begin with their own environments, the hosts' names mapped to this machine
@@ -233,7 +254,7 @@ def test_redis_queue_and_worker_run_by_their_manifests(tmp_path: Path) -> None:
             given = environ_of(found, component)
             return {
                 **{name: value.replace("ai4thai-redis:6379", f"127.0.0.1:{port}") for name, value in given.items()},
-                **{"AI4THAI_SECRETS_DIR": str(secrets), "QUEUE_WORKER_PORT": "0", "TMPDIR": str(tmp_path)},
+                **{"AI4THAI_SECRETS_DIR": str(secrets), "QUEUE_WORKER_PORT": "0", "TMPDIR": str(short_folder)},
             }
 
         queue_pod = of(found, "queue").container
@@ -259,7 +280,7 @@ def test_redis_queue_and_worker_run_by_their_manifests(tmp_path: Path) -> None:
             program, *asks = of(found, "worker").container["livenessProbe"]["exec"]["command"]
             beats = subprocess.run(
                 [Path(sys.executable).with_name(program), *asks],
-                env={**os.environ, "TMPDIR": str(tmp_path)},
+                env={**os.environ, "TMPDIR": str(short_folder)},
                 capture_output=True,
                 text=True,
             )

@@ -19,6 +19,7 @@ from ai4thai.stack import Ports
 from tests.delivery.docker_engine import Engine, Version
 from tests.delivery.pipeline_model import Job, Pipelines, holds
 from tests.delivery.pipeline_runner import Ended, Runner
+from tests.ports import free_port
 from tests.processes import ROOT
 
 FILE = ROOT / ".gitlab-ci.yml"
@@ -212,7 +213,7 @@ class Site:
     """A host with Docker's stand-in and a runner, and what happened there, told by pipeline."""
 
     def __init__(self, folder: Path, engine: Engine) -> None:
-        self.ports = {"staging": Ports.free(), "production": Ports.free()}
+        self.ports = {name: Ports(free_port(), free_port(), free_port()) for name in ("staging", "production")}
         self.engine = engine
         self.state = folder / "state"
         self.secret = folder / "redis-password.txt"

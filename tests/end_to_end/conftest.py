@@ -44,9 +44,17 @@ def wait_until_ready(process: ServerProcess, timeout_s: float = READY_S) -> None
     """Waits for GET /health to say 200; tells what was missing, and the log's end, when it does not come."""
     until_s = time.monotonic() + timeout_s
     url = f"http://{process.address}/health"
-    while (answer := httpx.get(url, trust_env=False)).status_code != 200:
+    while True:
+        try:  # an answer may take its time while models are loaded on a machine that is busy
+            answer = httpx.get(url, trust_env=False, timeout=30)
+        except httpx.TransportError as error:
+            missing = repr(error)
+        else:
+            if answer.status_code == 200:
+                return
+            missing = answer.text
         if process.process.poll() is not None or time.monotonic() > until_s:
-            raise AssertionError(f"not ready: {answer.text}; the log ends:\n" + "".join(process.lines[-40:]))
+            raise AssertionError(f"not ready: {missing}; the log ends:\n" + "".join(process.lines[-40:]))
         time.sleep(0.1)
 
 

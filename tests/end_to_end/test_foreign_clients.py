@@ -178,8 +178,8 @@ def test_a_plain_probe_sees_both_servers_ready(vision: Server, queue: Server) ->
     for server, names in expected.items():
         for name in names:
             request = health_pb2.HealthCheckRequest(service=name)
-            assert server.health.Check(request, timeout=5).status == serving, name
-            watch = server.health.Watch(request, timeout=5)
+            assert server.health.Check(request, timeout=30).status == serving, name
+            watch = server.health.Watch(request, timeout=30)
             assert next(watch).status == serving
             watch.cancel()
     wait_until("the probes have left", lambda: vision.vision_calls_in_flight == 0)

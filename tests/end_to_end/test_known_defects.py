@@ -72,7 +72,7 @@ for _ in range(40):
     connection.close()
     took_s.append(time.perf_counter() - began_s)
     time.sleep(0.03)
-print(statistics.quantiles(took_s, n=20)[-1])
+print(statistics.quantiles(took_s, n=4)[-1])
 """
 
 
@@ -94,6 +94,7 @@ def test_vllm_34789_health_answers_quickly_while_large_pictures_are_decoded(visi
         for one in busy:
             one.result()
     # then it does not wait for a decoder: a picture like these takes seconds here. (It was 200 ms there, on a larger machine.)
+    # Three of four looks tell: a check that waits for a decoder waits every time, one that a busy machine delays does not.
     assert float(probed.stdout) < 0.4
 
 
@@ -164,19 +165,18 @@ def test_triton_full_says_when_to_come_back(small: Server, scenes: list[Picture]
 
 
 def test_mlserver_1042_a_full_server_refuses_at_once_instead_of_letting_callers_wait(
-    small: Server, large: bytes
+    small: Server, large: bytes, scenes: list[Picture]
 ) -> None:
     # Given a server that is full of large pictures,
     held = [small.vision.Detect.future(detect_request(large, annotate=True)) for _ in range(HELD)]
     wait_until("the server is full", lambda: small.vision_calls_in_flight >= HELD, 10)
-    # when more come, they are told while those still compute.
-    began_s = time.perf_counter()
-    _, told = _refusals([small.vision.Detect.future(detect_request(large)) for _ in range(4)])
-    took_s = time.perf_counter() - began_s
+    # when more come, small ones that are there at once, they are told while those still compute.
+    request = detect_request(jpeg(scenes[0].image))
+    _, told = _refusals([small.vision.Detect.future(request) for _ in range(4)])
+    computing = [call for call in held if not call.done()]
     _refusals(held)
-    held_s = time.perf_counter() - began_s
     assert told
-    assert took_s < max(held_s, 1.0)
+    assert computing
 
 
 def test_sglang_33035_what_is_refused_was_never_decoded(small: Server, large: bytes) -> None:

@@ -89,7 +89,6 @@ class Traffic:
     answered: int = 0
     versions: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    slowest_s: float = 0.0
 
 
 @contextmanager
@@ -99,14 +98,12 @@ def traffic(life: Life, model: str, callers: int = 2) -> Iterator[Traffic]:
 
     def call() -> None:
         while not ended.is_set():
-            began_s = time.monotonic()
             try:
                 version, failure = life.detect(model).model_version, ""
             except grpc.RpcError as error:
                 version, failure = "", str(error)
             with lock:
                 seen.answered += 1
-                seen.slowest_s = max(seen.slowest_s, time.monotonic() - began_s)
                 seen.versions += [version] * (version not in seen.versions[-1:] and not failure)
                 seen.failures += [failure] * bool(failure)
 
@@ -119,23 +116,21 @@ def traffic(life: Life, model: str, callers: int = 2) -> Iterator[Traffic]:
             ended.set()
 
 
-def test_loading_one_model_leaves_the_server_ready_and_the_others_quick(life: Life) -> None:
-    """Triton #7014, #5940: the server is not ready while it loads a model, and the other models' calls take much longer."""
+def test_loading_one_model_leaves_the_server_ready_and_fails_no_call_of_the_others(life: Life) -> None:
+    """Triton #7014: the server is not ready while it loads a model. (#5940, that calls of others wait for it:
+    vision_server/test_models_life.py, with a load that ends when it is told to.)
+    """
     life.put("more.pt")
     health: list[int] = []
     with traffic(life, SHIPPED_DETECTOR) as seen:
         wait_until("the callers call", lambda: seen.answered > 3)
-        usual_s, seen.slowest_s = seen.slowest_s, 0.0
         with ThreadPoolExecutor(1) as beside:
             loading = beside.submit(life.load, "more")
             while not loading.done():
                 health.append(life.server.web.get("/health").status_code)
         assert loading.result().state == model_service_pb2.MODEL_STATE_READY
-        during_s = seen.slowest_s
     assert set(health) == {200}
     assert not seen.failures
-    # A wide bound: tests share their machine. What it rules out is a call that waits for the load to end.
-    assert during_s < max(2.0, 10 * usual_s)
     assert_all_found(life.detect("more").detections, PICTURE)
     life.unload("more")
 

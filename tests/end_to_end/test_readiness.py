@@ -51,7 +51,7 @@ class Start:
 
 
 def probe(server: Server, service: str) -> int:
-    return int(server.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status)
+    return int(server.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             detailed=server.web.get("/health/detailed"),
             ready_probe=probe(server, VISION),
             info=server.web.get("/info").json(),
-            detect=refused(lambda: server.vision.Detect(detect_request(GOOD), timeout=5)),
+            detect=refused(lambda: server.vision.Detect(detect_request(GOOD), timeout=30)),
         )
         until_s = time.monotonic() + READY_S
         while True:
@@ -142,7 +142,7 @@ def test_a_model_that_cannot_be_loaded_says_why_everywhere(started: Start, name:
     assert probe(started.server, f"model/{name}") == NOT_SERVING
     logged = [line for line in started.server.process.events if line.get("model") == name and "reason" in line]
     assert [(line["level"], line["reason"]) for line in logged] == [("error", reason)]
-    said = refused(lambda: started.server.vision.Detect(detect_request(GOOD, model=name), timeout=5))
+    said = refused(lambda: started.server.vision.Detect(detect_request(GOOD, model=name), timeout=30))
     assert (said.code, said.reason) == ("FAILED_PRECONDITION", "MODEL_FAILED")
     assert reason in said.message
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from tests.end_to_end.calling import Server, generate_request, refused
 from tests.end_to_end.conftest import wait_until, wait_until_ready
 from tests.end_to_end.pictures import Picture, foreign, jpeg, unseen
 from tests.end_to_end.slowing import slowed
+from tests.ports import free_port
 from tests.processes import ServerProcess
 from vision_server.weights import SHIPPED_DESCRIBER
 
@@ -32,9 +32,7 @@ class Peer:
     """The server with the model; it can be ended, and started again on its port."""
 
     def __init__(self, data_dir: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self._env = {"AI4THAI_DATA_DIR": str(data_dir), "VISION_SERVICE_PORT": str(self.port), "VISION_DETECTOR": ""}
         self.start()
 

@@ -58,9 +58,9 @@ def before(vision: Server, queue: Server) -> Before:
 def served_as_before(vision: Server, queue: Server, before: Before) -> Iterator[None]:
     """After every test: the same processes give the same answers, over gRPC and HTTP, in about the same memory."""
     yield
-    again = vision.vision.Detect(detect_request(GOOD), timeout=10).detections
+    again = vision.vision.Detect(detect_request(GOOD), timeout=30).detections
     assert [(d.label, d.box) for d in again] == [(d.label, d.box) for d in before.detections]
-    assert queue.queue.ListJobs(queue_pb.ListJobsRequest(), timeout=10) is not None
+    assert queue.queue.ListJobs(queue_pb.ListJobsRequest(), timeout=30) is not None
     for server in (vision, queue):
         assert server.web.get("/health").json() == {"status": "SERVING"}
         assert server.process.process.poll() is None

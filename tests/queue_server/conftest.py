@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -29,6 +30,15 @@ from serving.settings import ServingSettings
 from tests.queue_server.fake_vision import FakeVision
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def own_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests' workers, which run beside this one's, neither leave anything there nor clean up."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +82,13 @@ def queue_settings(redis_url: str, **changes: Any) -> QueueSettings:
 
 
 def worker_settings(redis_url: str, vision_address: str, **changes: Any) -> WorkerSettings:
-    """Quick ones: lease 2 s, retries from 0.1 s."""
+    """Quick ones: retries from 0.1 s."""
     defaults: dict[str, Any] = {
         "redis_url": redis_url,
         "vision_address": vision_address,
         "worker_threads": 4,
-        "lease_s": 2.0,
+        # Nobody loses a job because this machine stands still for a moment: a test that wants that says so.
+        "lease_s": 20.0,
         "renew_s": 0.5,
         "watch_s": 0.1,
         "retry_first_s": 0.1,
@@ -135,6 +146,11 @@ def detect(*images: bytes) -> work_pb2.Work:
 
 def state(job: job_pb2.Job) -> str:
     return job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_")
+
+
+def let_pass(client: redis.Redis, index: str, job_id: str) -> None:
+    """A job's time in an index (keys.DEADLINES, LEASES, …): Redis' clock cannot be turned, so what it is compared with is."""
+    client.zadd(index, {job_id: 1}, xx=True)
 
 
 @asynccontextmanager
@@ -228,8 +244,8 @@ def start_process() -> Iterator[Callable[..., Process]]:
 
 
 def worker_environment(redis_url: str, vision: FakeVision, **changes: str) -> dict[str, str]:
-    """The settings of a worker process, as quick as those above."""
-    settings = worker_settings(redis_url, vision.address)
+    """The settings of a worker process, as quick as those above; it may be killed, so its lease is 2 s."""
+    settings = worker_settings(redis_url, vision.address, lease_s=2.0)
     names = ("worker_threads", "lease_s", "renew_s", "watch_s", "retry_first_s", "retry_limit_s", "vision_connect_s")
     return {
         "REDIS_URL": redis_url,

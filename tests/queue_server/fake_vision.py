@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from serving.errors import Code, ServiceError
 from serving.status import to_status
+from tests.ports import free_port
 
 DOMAIN = "vision.ai4thai"
 
@@ -66,9 +67,10 @@ class FakeVision(vision_service_pb2_grpc.VisionServiceServicer):
         self.port = 0
 
     def start(self, port: int = 0) -> None:
+        """At a port that is nobody else's while this one is away and comes back."""
         self._server = grpc.server(ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0)])
         vision_service_pb2_grpc.add_VisionServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port or free_port()}")
         self._server.start()
 
     def stop(self) -> None:

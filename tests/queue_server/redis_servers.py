@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import ssl
 import subprocess
 import threading
@@ -19,14 +18,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from queue_server.broker import find_program
+from tests.ports import free_port
 
 SERVICE = "jobs"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -12,12 +13,21 @@ import redis
 from ai4thai.queue.v1 import job_pb2
 from ai4thai.queue.v1 import queue_service_pb2 as pb
 
-from queue_server import keys
+from queue_server import keys, sweeper
 from queue_server.broker import Broker
 from queue_server.jobs import JobState
 from queue_server.service import NAME
 from queue_server.worker_store import Claim, Outcome, WorkerStore
-from tests.queue_server.conftest import Front, queue_settings, serve, state, worker_environment, worker_settings
+from tests.ports import free_port
+from tests.queue_server.conftest import (
+    Front,
+    let_pass,
+    queue_settings,
+    serve,
+    state,
+    worker_environment,
+    worker_settings,
+)
 from tests.queue_server.test_retries import reasons
 from tests.queue_server.test_submit import refusal
 
@@ -122,6 +132,35 @@ async def test_an_attempt_that_lost_its_lease_cannot_record_anything(redis_url, 
     store.stop()
 
 
+async def test_no_worker_is_lost_because_the_machine_stood_still(redis_url, redis_client, vision, monkeypatch) -> None:
+    job_id, looks, leap_s = "", 0, 0.0
+
+    def clock() -> float:
+        nonlocal looks, leap_s
+        looks, now_s = looks + 1, time.time() + leap_s
+        # The sweeper looks before it sleeps and afterwards: when it wakes, a minute has passed for all on this machine.
+        if job_id and not leap_s and looks % 2:
+            let_pass(redis_client, keys.LEASES, job_id)
+            leap_s = 60.0
+        return now_s
+
+    monkeypatch.setattr(sweeper, "time", SimpleNamespace(time=clock, monotonic=time.monotonic))
+    async with serve(queue_settings(redis_url, lease_s=20.0)) as front:
+        # Given a running job, when the machine stands still for longer than its lease
+        store = WorkerStore(worker_settings(redis_url, vision.address))
+        store.start()
+        job = await front.submit()
+        claim = store.claim(job.job_id, 1, "claim", "w", b"")
+        assert isinstance(claim, Claim)
+        job_id = job.job_id
+        await front.until(job_id, lambda _: leap_s > 0)
+        swept = looks + 4
+        await front.until(job_id, lambda _: looks >= swept)
+        # Then its worker may renew it
+        assert store.renew(claim, claim.job.progress) == "ok"
+        store.stop()
+
+
 async def test_of_many_claims_one_wins(redis_url, front: Front, vision) -> None:
     store = WorkerStore(worker_settings(redis_url, vision.address))
     store.start()
@@ -137,7 +176,7 @@ async def test_of_many_claims_one_wins(redis_url, front: Front, vision) -> None:
 @pytest.fixture
 def own_broker(tmp_path):
     """A broker that the test may stop."""
-    broker = Broker(tmp_path, 0, "64mb")
+    broker = Broker(tmp_path, free_port(), "64mb")
     broker.start()
     yield broker
     broker.stop()
@@ -163,7 +202,7 @@ async def test_while_redis_is_away_calls_fail_fast_and_recover_by_themselves(own
         began_s = time.monotonic()
         code, reason, details = await refusal(front.submit(b"ok during", request_id="during"))
         # Then a submission fails at once, says when to come back, and health tells
-        assert time.monotonic() - began_s < 3
+        assert time.monotonic() - began_s < 10
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
         assert details["RetryInfo"].retry_delay.ToMilliseconds() > 0
         await serving(front, False)
@@ -190,7 +229,7 @@ async def test_a_redis_that_hangs_is_given_up_in_time(own_broker: Broker) -> Non
         try:
             began_s = time.monotonic()
             code, reason, _ = await refusal(front.submit(b"ok picture"))
-            assert time.monotonic() - began_s < 3
+            assert time.monotonic() - began_s < 10
             assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
         finally:
             process.send_signal(signal.SIGCONT)
@@ -217,7 +256,7 @@ async def test_a_redis_that_would_delete_jobs_by_itself_is_not_used(redis_url, r
 
 async def test_a_killed_redis_loses_nothing_that_was_answered(tmp_path, vision, start_worker) -> None:
     # Given jobs that were accepted, one of them running, when Redis is killed and started again
-    broker = Broker(tmp_path, 0, "64mb")
+    broker = Broker(tmp_path, free_port(), "64mb")
     running = broker.start()
     async with serve(queue_settings(running.url)) as front:
         await start_worker(redis_url=running.url, worker_threads=1)

@@ -13,13 +13,14 @@ from ai4thai.queue.v1 import queue_service_pb2 as pb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from queue_server import keys
 from queue_server.connection import Connection
 from queue_server.errors import JobNotFound, WrongState
 from queue_server.jobs import ENDED, FIRST, NEXT, Backoff, Failure, JobState, Priority, Submission, after_failure
 from queue_server.records import history, read_job
 from queue_server.store import Store
 from queue_server.worker_store import Claim, Outcome, WorkerStore
-from tests.queue_server.conftest import queue_settings, serve, worker_settings
+from tests.queue_server.conftest import let_pass, queue_settings, serve, worker_settings
 
 
 def test_every_state_can_be_reached_and_every_life_can_end() -> None:
@@ -165,13 +166,13 @@ async def _play(
                     _assert_no_trace(client, job.job_id)
                     return
             case "due":
-                _let_pass(client, "delayed")
+                let_pass(client, keys.DELAYED, JOB_ID)
                 await store.sweep("sweep_due")
             case "lost":
-                _let_pass(client, "leases")
+                let_pass(client, keys.LEASES, JOB_ID)
                 await store.sweep("sweep_lost", errors={"w": "ZQ=="})
             case "expired":
-                _let_pass(client, "deadlines")
+                let_pass(client, keys.DEADLINES, JOB_ID)
                 await store.sweep("sweep_expired", expired="ZQ==")
             case "overdue":
                 await store.sweep("sweep_overdue", priorities=["standard"], overdue_ms=0)
@@ -183,11 +184,6 @@ async def _play(
             assert job == before, step
         assert job.attempt >= before.attempt and 0 <= job.spent <= max_attempts
         await _assert_consistent(client, store, job.job_id)
-
-
-def _let_pass(client: Any, index: str) -> None:
-    """Redis' clock cannot be turned, so the time that it is compared with is."""
-    client.zadd(f"{{vq}}:{index}", {JOB_ID: 1}, xx=True)
 
 
 async def _assert_consistent(client: Any, store: Store, job_id: str) -> None:

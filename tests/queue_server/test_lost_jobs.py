@@ -19,6 +19,7 @@ from queue_server.broker import Broker
 from queue_server.service import NAME
 from serving.health import Warned
 from serving.telemetry import REGISTRY
+from tests.ports import free_port
 from tests.queue_server.conftest import Front, queue_settings, serve, state
 from tests.queue_server.test_failover import serving
 from tests.queue_server.test_submit import refusal
@@ -29,7 +30,7 @@ class FrailRedis:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.broker = Broker(folder, 0, "64mb")
+        self.broker = Broker(folder, free_port(), "64mb")
         running = self.broker.start()
         self.url, self._port = running.url, running.port
 

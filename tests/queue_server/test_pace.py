@@ -74,7 +74,7 @@ async def test_waiting_for_room_can_be_stopped(front: Front, start_worker, visio
     else:
         await asyncio.to_thread(worker.stop)
         assert state(await front.get(job.job_id)) == "QUEUED"
-    assert time.monotonic() - asked_s < 1.5
+    assert time.monotonic() - asked_s < 10, "it was to wait for a minute"
 
 
 @pytest.mark.parametrize("priority", ["INTERACTIVE", "STANDARD", "BATCH"])

@@ -15,7 +15,7 @@ from queue_server import keys
 from queue_server.actors import QUEUE, build_broker, declare_actor
 from queue_server.worker_store import Claim, WorkerStore
 from serving.errors import Code
-from tests.queue_server.conftest import Front, detect, queue_settings, serve, state, worker_settings
+from tests.queue_server.conftest import Front, detect, let_pass, queue_settings, serve, state, worker_settings
 from tests.queue_server.fake_vision import FakeVision, error
 from tests.queue_server.test_submit import refusal, stamp
 
@@ -302,10 +302,11 @@ async def test_a_failed_job_is_tried_again_by_hand(front: Front, start_worker, v
     assert (seen.failed, seen.depth, seen.size_bytes) == (0, 0, 0)
 
 
-async def test_cancelled_and_expired_jobs_are_tried_again_too(front: Front, start_worker) -> None:
+async def test_cancelled_and_expired_jobs_are_tried_again_too(front: Front, start_worker, redis_client) -> None:
     cancelled = await front.submit(b"ok")
     await front.stub.CancelJob(pb.CancelJobRequest(job_id=cancelled.job_id))
-    expired = await front.submit(b"ok", deadline=stamp(time.time() + 0.3))
+    expired = await front.submit(b"ok", deadline=stamp(time.time() + 3600))
+    let_pass(redis_client, keys.DEADLINES, expired.job_id)
     await front.until(expired.job_id, lambda job: state(job) == "EXPIRED")
     await start_worker()
     for job in (cancelled, expired):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from ai4thai.queue.v1 import queue_service_pb2 as pb
 from queue_server import keys
 from serving.errors import Code
 from tests.processes import ROOT, ServerProcess
-from tests.queue_server.conftest import Front, detect, state, worker_environment
+from tests.queue_server.conftest import Front, detect, let_pass, state, worker_environment
 from tests.queue_server.fake_vision import FakeVision, error
 from tests.queue_server.hook_receiver import SECRET, HookReceiver
 
@@ -103,7 +105,8 @@ async def test_every_change_of_a_job_is_one_line(
         await asyncio.to_thread(server.wait_for, "job sent again: nobody had its message", job_id=again)
         await front.stub.CancelJob(pb.CancelJobRequest(job_id=again))
         expected[again]["job CANCELLED: it had not begun"] = 1
-        expired = await submit(front, "expired", deadline={"seconds": int(time.time()) + 2})
+        expired = await submit(front, "expired", deadline={"seconds": int(time.time()) + 3600})
+        let_pass(redis_client, keys.DEADLINES, expired)
         expected[expired] = {"job QUEUED": 1, "job EXPIRED: its deadline has passed": 1}
         await asyncio.to_thread(server.wait_for, "webhook delivered", job_id=cancelled)
         await asyncio.to_thread(server.wait_for, "job EXPIRED: its deadline has passed", job_id=expired)
@@ -217,7 +220,7 @@ async def test_a_trace_goes_from_the_submitter_to_the_vision_server(
 
 
 async def test_depth_checks_and_metrics(
-    front: Front, server: ServerProcess, redis_url: str, vision: FakeVision
+    front: Front, server: ServerProcess, redis_url: str, redis_client: redis.Redis, vision: FakeVision
 ) -> None:
     async with httpx.AsyncClient(base_url=f"http://{server.address}", timeout=10) as web:
         # Given no worker, two jobs that wait, and one that is refused
@@ -287,7 +290,10 @@ async def test_depth_checks_and_metrics(
         assert found["ai4thai_queue_redis_memory_bytes"] > 100_000
         assert found["ai4thai_queue_redis_limit_bytes"] == 256 << 20
         # And while Redis is away the scaler hears 503, in the contract's form
-        with redis.Redis.from_url(redis_url) as client:
-            client.execute_command("CLIENT", "PAUSE", "2600", "ALL")
-        away = await web.get("/queue/depth")
+        redis_pid = redis_client.info("server")["process_id"]
+        os.kill(redis_pid, signal.SIGSTOP)
+        try:
+            away = await web.get("/queue/depth")
+        finally:
+            os.kill(redis_pid, signal.SIGCONT)
         assert away.status_code == 503 and away.json()["error"]["details"][0]["reason"] == "STORE_UNAVAILABLE"

@@ -30,7 +30,7 @@ from queue_server.settings import QueueSettings
 from queue_server.webhook_calls import Sender, SendFailed, read_secrets
 from queue_server.webhooks import Webhooks
 from serving.settings import describe, read
-from tests.queue_server.conftest import Front, queue_settings, serve, state
+from tests.queue_server.conftest import Front, let_pass, queue_settings, serve, state
 from tests.queue_server.hook_receiver import SECRET, HookReceiver
 
 ALLOWED = {"webhook_allowed_hosts": "127.0.0.1"}
@@ -97,17 +97,21 @@ async def test_an_end_is_told_signed_and_recorded(front: Front, start_worker, re
 
 
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED", "EXPIRED"])
-async def test_every_kind_of_end_is_told(front: Front, start_worker, receiver: HookReceiver, end: str) -> None:
+async def test_every_kind_of_end_is_told(
+    front: Front, start_worker, receiver: HookReceiver, redis_client, end: str
+) -> None:
     fields: dict[str, Any] = {"webhook": hook(receiver.url())}
     if end == "EXPIRED":
-        fields["deadline"] = {"seconds": int(time.time()) + 2}
+        fields["deadline"] = {"seconds": int(time.time()) + 3600}
     if end == "FAILED":
         fields |= {
             "max_attempts": 1,
             "work": {"generate": {"messages": [{"role": 2, "parts": [{"image": {"content": b"bad"}}]}]}},
         }
     job = await front.submit(**fields)
-    if end == "CANCELLED":
+    if end == "EXPIRED":
+        let_pass(redis_client, keys.DEADLINES, job.job_id)
+    elif end == "CANCELLED":
         await front.stub.CancelJob(pb.CancelJobRequest(job_id=job.job_id))
     elif end == "FAILED":
         await start_worker()
@@ -195,12 +199,12 @@ async def test_a_slow_receiver_and_an_endless_answer(redis_url: str, receiver: H
         receiver.delay_s = 0.8
         job = await front.submit(webhook=hook(receiver.url()))
         await front.stub.CancelJob(pb.CancelJobRequest(job_id=job.job_id))
-        slow = await front.until(job.job_id, lambda one: one.webhook.attempt_count == 1)
+        slow = await front.until(job.job_id, lambda one: one.webhook.attempt_count >= 1)
         assert "no answer within 0.4 s" in slow.webhook.error.message
         # And one whose answer never ends: what counts has been said at its beginning
         receiver.delay_s, receiver.endless = 0.0, True
         done = await front.until(job.job_id, lambda one: one.webhook.HasField("deliver_time"))
-        assert done.webhook.attempt_count == 2
+        assert done.webhook.attempt_count >= 2
 
 
 async def test_a_receiver_that_hangs_does_not_hold_up_others(redis_url: str, receiver: HookReceiver) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import time
 import urllib.request
@@ -24,7 +25,7 @@ def detect(server: ServerProcess, content: bytes = b"hello", annotate: bool = Fa
     with grpc.insecure_channel(server.address, options=OPTIONS) as channel:
         request = pb.DetectRequest(image=image_pb2.Image(content=content))
         request.options.annotate = annotate
-        return rpc.VisionServiceStub(channel).Detect(request, timeout=20)
+        return rpc.VisionServiceStub(channel).Detect(request, timeout=20, wait_for_ready=True)
 
 
 def get(server: ServerProcess, path: str) -> str:
@@ -107,12 +108,12 @@ def test_http_in_one_connection_is_kept_alive(echo: ServerProcess) -> None:
         b"POST /v1/vision:detect HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\nhalf",
     ],
 )
-def test_who_does_not_finish_speaking_is_hung_up_on(echo: ServerProcess, sent: bytes) -> None:
-    with connect(echo) as sock:
+def test_who_does_not_finish_speaking_is_hung_up_on(hasty: ServerProcess, sent: bytes) -> None:
+    with connect(hasty) as sock:
         sock.sendall(sent)
         answer = read_to_end(sock)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 408")
-    assert detect(echo).width_px == 5
+    assert detect(hasty).width_px == 5
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -140,14 +141,16 @@ def test_tls_is_hung_up_on_at_once(echo: ServerProcess) -> None:
         assert read_to_end(sock) == b""
 
 
-def test_a_thousand_idle_connections_hold_nobody_up_and_are_closed(echo: ServerProcess) -> None:
-    sockets = [connect(echo) for _ in range(1000)]
+def test_a_thousand_idle_connections_hold_nobody_up_and_are_closed(hasty: ServerProcess) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
+    sockets = [connect(hasty) for _ in range(1000)]
     try:
-        assert detect(echo).width_px == 5
-        assert get(echo, "/health") == '{"status":"SERVING"}'
+        assert detect(hasty).width_px == 5
+        assert get(hasty, "/health") == '{"status":"SERVING"}'
         for sock in sockets:
             assert read_to_end(sock) == b""
     finally:
         for sock in sockets:
             sock.close()
-    assert detect(echo).width_px == 5
+    assert detect(hasty).width_px == 5

@@ -19,7 +19,7 @@ from tests.processes import ServerProcess
 
 
 def test_sigterm_lets_a_running_stream_end_and_exits_0() -> None:
-    with ServerProcess("tests.serving.echo_server", "0", env={"SERVING_UNREADY_SECONDS": "2"}) as server:
+    with ServerProcess("tests.serving.echo_server", "0", env={"SERVING_UNREADY_SECONDS": "4"}) as server:
         with grpc.insecure_channel(server.address) as channel:
             request = pb.GenerateRequest()
             request.options.max_new_tokens = 100  # 5 s

@@ -31,7 +31,7 @@ async def leave(last_words: bytes) -> tuple[bytes, bool]:
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     peer.close()
     try:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             await closed.wait()
     except TimeoutError:
         return b"", False
@@ -54,14 +54,26 @@ class Joined:
 
     def __init__(self) -> None:
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self.caller = socket.create_connection(self._listening.getsockname())
-        front, _ = self._listening.accept()
+        self.caller = socket.socket()
         back, self.server = socket.socketpair()
+        # Small, whatever the machine's are, so that a few chunks fill what lies before either peer.
+        for sock in (self._listening, self.caller, back):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        self.caller.connect(self._listening.getsockname())
+        front, _ = self._listening.accept()
         for sock in (self.caller, front, back, self.server):
             sock.setblocking(False)
         self.closed = asyncio.Event()
         loop = asyncio.get_running_loop()
-        Relay(loop, front, back, memoryview(bytearray(CHUNK_BYTES)), lambda _: self.closed.set()).start()
+        self._relay = Relay(loop, front, back, memoryview(bytearray(CHUNK_BYTES)), lambda _: self.closed.set())
+        self._relay.start()
+
+    async def held_up(self) -> None:
+        """Until a sink is full, so that the relay holds a rest."""
+        async with asyncio.timeout(20):
+            while not (self._relay._inward.is_held_up or self._relay._outward.is_held_up):  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.01)
 
     def close(self) -> None:
         for sock in (self.caller, self.server, self._listening):
@@ -95,7 +107,7 @@ def test_the_last_words_of_a_server_reach_a_caller_who_goes_on_sending(runner: a
         joined.server.send(last_words)
         joined.server.close()
         joined.caller.send(b"frame" * 1_000)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             received = await read_all(joined)
             joined.caller.close()
             await joined.closed.wait()
@@ -116,23 +128,25 @@ def test_a_caller_who_neither_reads_nor_leaves_is_left(runner: asyncio.Runner, l
     async def scene() -> None:
         joined = Joined()
         talking = asyncio.create_task(asyncio.get_running_loop().sock_sendall(joined.server, bytes(last_words_bytes)))
-        await asyncio.sleep(0.1)  # until the caller's buffer is full, too
+        if last_words_bytes:
+            await joined.held_up()
         talking.cancel()
         joined.server.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await joined.closed.wait()
         joined.close()
 
     runner.run(scene())
 
 
-@pytest.mark.usefixtures("short_linger")
-def test_a_caller_who_reads_slowly_may_take_longer_than_the_linger(runner: asyncio.Runner) -> None:
+def test_a_caller_who_reads_slowly_may_take_longer_than_the_linger(
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "LINGER_SECONDS", 0.5)
+
     async def scene() -> int:
         joined = Joined()
         loop = asyncio.get_running_loop()
-        # Small, so that most of it lies here until it is read.
-        joined.caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, CHUNK_BYTES // 4)
 
         async def say_last_words() -> None:
             await loop.sock_sendall(joined.server, bytes(8 * CHUNK_BYTES))
@@ -157,11 +171,11 @@ def test_a_caller_who_is_gone_is_noticed_although_the_server_reads_nothing(runne
     async def scene() -> None:
         joined = Joined()
         sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(joined.caller, bytes(64 * CHUNK_BYTES)))
-        await asyncio.sleep(0.1)  # until the relay holds a rest and reads no more
+        await joined.held_up()
         sending.cancel()
         joined.caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         joined.caller.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await joined.closed.wait()
         joined.close()
 
@@ -173,10 +187,10 @@ def test_a_server_that_is_gone_while_much_waits_for_it_ends_the_relay(runner: as
         joined = Joined()
         loop = asyncio.get_running_loop()
         sending = asyncio.create_task(loop.sock_sendall(joined.caller, bytes(16 * CHUNK_BYTES)))
-        await asyncio.sleep(0.1)  # until the server's buffer is full and the relay holds a rest
+        await joined.held_up()
         assert not sending.done()
         joined.server.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await sending
             assert await loop.sock_recv(joined.caller, 1) == b"", "the end, no reset"
             joined.caller.close()

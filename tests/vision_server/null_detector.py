@@ -26,11 +26,14 @@ class NullDetector(Detector):
     loads: ClassVar[list[str]] = []
     open: ClassVar[set[int]] = set()
     """Which have been loaded and not been closed."""
+    begun: ClassVar[set[int]] = set()
+    """Which have had something to compute."""
 
     @classmethod
     def reset(cls) -> None:
         """As at the beginning: nothing waits."""
-        cls.go_on, cls.compute, cls.loads, cls.open = threading.Event(), threading.Event(), [], set()
+        cls.go_on, cls.compute, cls.loads = threading.Event(), threading.Event(), []
+        cls.open, cls.begun = set(), set()
         cls.go_on.set()
         cls.compute.set()
 
@@ -58,6 +61,7 @@ class NullDetector(Detector):
         return image
 
     def execute(self, items: Sequence[DetectItem]) -> list[Found | Exception]:
+        type(self).begun.add(id(self))
         assert self.compute.wait(30)
         assert id(self) in self.open, "computes after it was closed"
         if self._words.startswith("crash"):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from serving.errors import Code, ServiceError
 from serving.health import LIVENESS, Health
 from serving.telemetry import REGISTRY
+from tests.vision_server.executors import settle
 from tests.vision_server.null_detector import NullDetector, put
 from vision_server import loading, memory
 from vision_server.detector import DetectItem
@@ -125,7 +126,7 @@ async def test_a_swap_is_atomic_and_the_old_ones_calls_end(null: type[NullDetect
         # given: calls that run and calls that wait on the old weights
         null.compute.clear()
         before = [asyncio.create_task(detect(models, "cams")) for _ in range(20)]
-        await asyncio.sleep(0.05)
+        await until(lambda: null.begun)
         old_version = models.infos[0].card
         # when: newer weights come, and are loaded
         put(tmp_path / "models", "cams.pt", "new")
@@ -197,6 +198,25 @@ async def test_a_second_load_joins_the_first_and_a_caller_that_leaves_stops_noth
         assert await detect(models, "pets") == "slow"
 
 
+async def test_a_load_that_takes_long_holds_up_no_other_models_calls(null: type[NullDetector], tmp_path: Path) -> None:
+    put(tmp_path / "models", "cams.pt", "slow cat")
+    put(tmp_path / "models", "dogs.pt", "dog")
+    null.go_on.clear()
+    models, health = Models(settings(tmp_path, detector="dogs")), Health()
+    models.start(health)
+    try:
+        await until(lambda: health.serving(READY_NAME))
+        loading = asyncio.create_task(models.load("cams"))
+        await until(lambda: "slow cat" in null.loads)
+        # Given a load that ends only when it is told to, then the other model answers, and the server is ready
+        assert await detect(models, "dogs") == "dog"
+        assert health.serving(READY_NAME) and models.ready and not loading.done()
+        null.go_on.set()
+        assert (await loading).state is ModelState.READY
+    finally:
+        await models.stop()
+
+
 async def test_who_joins_a_load_gets_the_weights_that_lie_there(null: type[NullDetector], tmp_path: Path) -> None:
     put(tmp_path / "models", "cams.pt", "slow old")
     null.go_on.clear()
@@ -205,7 +225,7 @@ async def test_who_joins_a_load_gets_the_weights_that_lie_there(null: type[NullD
         await until(lambda: null.loads)
         put(tmp_path / "models", "cams.pt", "new")
         second = asyncio.create_task(models.load("cams"))
-        await asyncio.sleep(0.05)
+        await settle()
         null.go_on.set()
         await first
         info = await second
@@ -310,7 +330,7 @@ async def test_unloading_waits_for_running_calls_and_takes_no_new_ones(
     async with serving(settings(tmp_path, detector="cams")) as models:
         null.compute.clear()
         running = asyncio.create_task(detect(models, "cams"))
-        await asyncio.sleep(0.02)
+        await until(lambda: null.begun)
         unloading = asyncio.create_task(models.unload("cams"))
         loading_again = asyncio.create_task(models.load("cams"))
         await until(lambda: models.infos[0].state is ModelState.UNLOADING)
@@ -408,7 +428,7 @@ async def test_two_devices_share_one_model(null: type[NullDetector], tmp_path: P
         assert len(null.open) == 2
         null.compute.clear()
         running = [asyncio.create_task(detect(models, "cams")) for _ in range(8)]
-        await asyncio.sleep(0.05)
+        await until(lambda: len(null.begun) == 2)
         null.compute.set()
         assert await asyncio.gather(*running) == ["cat"] * 8
         assert models.busy_s()["cpu"] > 0
