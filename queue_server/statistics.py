@@ -20,6 +20,10 @@ MAX_CLIENTS_TOLD = 20
 STEP = 1.1
 BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 """Upper bounds of the Prometheus histograms; scripts/record.lua counts by the same."""
+WEBHOOK_OUTCOMES = ("delivered", "failed", "given_up")
+"""Told as 0 before there is one, as lost attempts are: an increase from nothing to 1 is none to Prometheus."""
+EVERY_QUEUE = "*"
+"""Stands for all queues together; no queue can be called so."""
 TIMES = ("total", "wait", "run")
 """What there is a histogram of: submission to end, queued to begun, an attempt."""
 
@@ -83,15 +87,16 @@ class StoreTotals:
     memory_limit_bytes: int = 0
     webhooks_waiting: int = 0
     webhook_tries: Mapping[str, int] = field(default_factory=dict)
-    """By outcome: `delivered`, `failed` (and to be tried again), `given_up`."""
+    """By outcome: `delivered`, `failed` (and to be tried again), `given_up`. Empty: not read yet."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """How much there is to do in one queue now; `oldest_age_s` is 0 when nothing waits."""
+    """How much there is to do in a queue, or EVERY_QUEUE, now; `held` is part of `depth`, `oldest_age_s` 0 when nothing waits."""
 
     queue: str
     depth: int
+    held: int
     running: int
     oldest_age_s: float
 
@@ -163,18 +168,22 @@ class Statistics:
             memory_bytes=int(memory["used_memory"]),
             memory_limit_bytes=int(memory.get("maxmemory", 0)),
             webhooks_waiting=webhooks_waiting,
-            webhook_tries={outcome: int(number) for outcome, number in read_fields(tries).items()},
+            webhook_tries=dict.fromkeys(WEBHOOK_OUTCOMES, 0)
+            | {outcome: int(number) for outcome, number in read_fields(tries).items()},
         )
 
     async def depth(self, queue: str) -> Depth:
         """How much there is to do in a queue; in the same time for any number of jobs. Nothing in one that has had no job."""
+        names = await self._names("") if queue == EVERY_QUEUE else [queue]
         pipeline = self._connection.client.pipeline(transaction=False)
-        pipeline.hmget(keys.queue_counts(queue), "QUEUED", "RUNNING").zrange(
-            keys.queue_wait(queue), 0, 0, withscores=True
-        ).time()
-        (queued, running), oldest, (seconds, microseconds) = await self._connection.ask(pipeline.execute())
+        for name in names:
+            pipeline.hmget(keys.queue_counts(name), "QUEUED", "HELD", "RUNNING")
+            pipeline.zrange(keys.queue_wait(name), 0, 0, withscores=True)
+        *replies, (seconds, microseconds) = await self._connection.ask(pipeline.time().execute())
         now_ms = seconds * 1000 + microseconds // 1000
-        return Depth(queue, int(queued or 0), int(running or 0), _oldest_age_s(oldest, now_ms) or 0.0)
+        depth, held, running = (sum(int(counts[part] or 0) for counts in replies[::2]) for part in range(3))
+        ages_s = [_oldest_age_s(oldest, now_ms) or 0.0 for oldest in replies[1::2]]
+        return Depth(queue, depth, held, running, max(ages_s, default=0.0))
 
     async def workers(self) -> list[WorkerRecord]:
         """The workers that are alive, by name."""
@@ -252,6 +261,8 @@ def _read_totals(name: str, kinds: tuple[str, ...], replies: list[Any], now_ms: 
                 outcomes[kind, outcome] = int(value)
             case ["ended", kind, state]:
                 ended[kind, state] = int(value)
+    for kind in attempts:
+        outcomes.setdefault((kind, "lost"), 0)
     times = {}
     for kind, reply in zip(kinds, replies[4:], strict=True):
         fields = read_fields(reply)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# What the containers of compose.yaml's Redis run: `redis.sh serve`, its health check `redis.sh health`, and `redis.sh check`, which
-# refuses a password that is missing before anything starts.
+# What the containers of Redis run, compose.yaml's and those of deploy/kubernetes: `redis.sh serve`, its health check `redis.sh health`,
+# and `redis.sh check`, which refuses a password that is missing before anything starts.
 #
 # The password goes to the server by standard input, and to the client too: a command line is shown by `ps` and `docker inspect`.
 set -eu
@@ -26,7 +26,7 @@ read_password() {
 check() {
   password="$(read_password)"
   if [ -z "$password" ] && [ "${AUTHENTICATION:-optional}" = required ]; then
-    refuse "its password is empty, which only the profile cpu allows. Write one (mkdir -pm 700 secrets; openssl rand -hex 32 > secrets/redis-password) and name it, here or in .env: REDIS_PASSWORD_FILE=./secrets/redis-password"
+    refuse "its password is empty, which only Compose's profile cpu allows. Write one (mkdir -pm 700 secrets; openssl rand -hex 32 > secrets/redis-password) and name it, here or in .env: REDIS_PASSWORD_FILE=./secrets/redis-password; on Kubernetes it is redis_password in the secret ai4thai-secrets."
   fi
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs Envoy as the edge: writes its files with what the environment says, starts it, ends it gracefully.
 #
-#   edge.sh run      until SIGTERM or SIGINT, then: not ready, no new connections, running calls end, exit
+#   edge.sh run      until SIGTERM or SIGINT, then: not ready, connections are told to move on, running calls end, exit
 #   edge.sh render   only writes the files, and says where
 #   edge.sh check    writes them and has Envoy read them
 #
@@ -17,11 +17,11 @@ EDGE_VISION_PORT="${EDGE_VISION_PORT:-2001}"        # TLS
 EDGE_QUEUE_PORT="${EDGE_QUEUE_PORT:-2003}"          # TLS
 EDGE_INSIDE_PORT="${EDGE_INSIDE_PORT:-9902}"        # plain: /ready and /metrics; not to be published
 EDGE_ADMIN_PORT="${EDGE_ADMIN_PORT:-9901}"          # on 127.0.0.1 alone
-EDGE_TLS_DIR="${EDGE_TLS_DIR:-/etc/envoy/tls}"      # tls.crt (the chain) and tls.key
+EDGE_TLS_DIR="${EDGE_TLS_DIR:-/etc/envoy/tls}"      # tls.crt (the chain) and tls.key; clients.crt, if there: the authorities whose callers alone may call
 EDGE_MAX_HEAP_BYTES="${EDGE_MAX_HEAP_BYTES:-1073741824}"  # below the container's limit; calls are given up at 95 % of it
 EDGE_MAX_CONNECTIONS="${EDGE_MAX_CONNECTIONS:-8192}"
-EDGE_UNREADY_SECONDS="${EDGE_UNREADY_SECONDS:-5}"   # after SIGTERM: /ready says 503 so long before connections are refused
-EDGE_DRAIN_SECONDS="${EDGE_DRAIN_SECONDS:-60}"      # what running calls may take then; a Python client's watch of its server's health counts as one
+EDGE_UNREADY_SECONDS="${EDGE_UNREADY_SECONDS:-5}"   # after SIGTERM: /ready says 503 so long before callers are told to move on
+EDGE_DRAIN_SECONDS="${EDGE_DRAIN_SECONDS:-60}"      # what running calls may take then, new ones are still taken; a Python client's watch of its server's health counts as one
 EDGE_LOG_LEVEL="${EDGE_LOG_LEVEL:-warning}"
 EDGE_THREADS="${EDGE_THREADS:-0}"                   # 0: one for each core
 EDGE_RUN_DIR="${EDGE_RUN_DIR:-${TMPDIR:-/tmp}/ai4thai-edge}"  # where the files are written
@@ -37,17 +37,21 @@ servers() { # host:port,host:port → Envoy's endpoints
 }
 
 render() {
-  local vision queue name rules=()
+  local vision queue name rules=() signed=false
   vision="$(servers "$EDGE_VISION")" || exit
   queue="$(servers "$EDGE_QUEUE")" || exit
   for name in EDGE_HOST EDGE_VISION_PORT EDGE_QUEUE_PORT EDGE_INSIDE_PORT EDGE_ADMIN_PORT EDGE_MAX_HEAP_BYTES EDGE_MAX_CONNECTIONS; do
     [[ "${!name}" =~ ^[0-9A-Za-z.:]+$ ]] || { echo "edge.sh: $name is '${!name}'" >&2; exit 2; }
     rules+=(-e "s|: [^ ]* # $name\$|: ${!name}|")
   done
+  # A link to nothing counts: it is meant, and Envoy refuses it.
+  if [ -e "$EDGE_TLS_DIR/clients.crt" ] || [ -L "$EDGE_TLS_DIR/clients.crt" ]; then signed=true; else echo "edge.sh: whoever reaches it may call: there is no $EDGE_TLS_DIR/clients.crt" >&2; fi
   mkdir -p "$EDGE_RUN_DIR"
   sed "${rules[@]}" -e "s|: \[.* # EDGE_VISION\$|: $vision|" -e "s|: \[.* # EDGE_QUEUE\$|: $queue|" \
-    -e "s|: [^ ]* # EDGE_CERTIFICATE_FILE\$|: $EDGE_RUN_DIR/certificate.yaml|" "$here/envoy.yaml" >"$EDGE_RUN_DIR/envoy.yaml"
+    -e "s|: [^ ]* # EDGE_CERTIFICATE_FILE\$|: $EDGE_RUN_DIR/certificate.yaml|" -e "s|: [^ ]* # EDGE_CLIENTS_FILE\$|: $EDGE_RUN_DIR/clients.yaml|" \
+    -e "s|: [^ ]* # EDGE_CLIENT_CERTIFICATES\$|: $signed|" "$here/envoy.yaml" >"$EDGE_RUN_DIR/envoy.yaml"
   sed "s|/etc/envoy/tls|$EDGE_TLS_DIR|" "$here/certificate.yaml" >"$EDGE_RUN_DIR/certificate.yaml"
+  if $signed; then sed "s|/etc/envoy/tls|$EDGE_TLS_DIR|g" "$here/clients.yaml"; else sed 's|: {.* # EDGE_CLIENTS$|: {}|' "$here/clients.yaml"; fi >"$EDGE_RUN_DIR/clients.yaml"
   if grep -n '# EDGE_' "$EDGE_RUN_DIR/envoy.yaml" >&2; then echo "edge.sh: the lines above have a mark that it does not know" >&2; exit 2; fi
 }
 

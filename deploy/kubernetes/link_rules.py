@@ -143,11 +143,12 @@ def _keda(objects: Objects) -> Iterator[Finding]:
             place = urlsplit(trigger["metadata"].get("url", ""))
             service, _, rest = (place.hostname or "").partition(".")
             found = objects.named("Service", service)
-            if found is None or rest != f"{found['metadata']['namespace']}.svc" or place.path != "/queue/depth":
+            right = (f"{found['metadata']['namespace']}.svc", "/queue/depth", "queue=*") if found else ()
+            if (rest, place.path, place.query) != right:
                 yield objects.wrong(
                     scaled,
-                    f"{place.geturl()} does not lead to the queue server from KEDA's namespace",
-                    "http://ai4thai-queue.ai4thai.svc:2003/queue/depth?queue=NAME.",
+                    f"{place.geturl()} does not ask the queue server for every queue from KEDA's namespace",
+                    "http://ai4thai-queue.ai4thai.svc:2003/queue/depth?queue=*",
                 )
             worker = objects.workload("worker")
             threads = settings.worker(objects, worker).worker_threads if worker else 0

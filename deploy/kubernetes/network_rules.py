@@ -11,6 +11,7 @@ from deploy.kubernetes.objects import COMPONENT, Object, Objects, selects
 from deploy.validation.findings import Finding
 
 NAME = "kubernetes.io/metadata.name"
+OUR_NAMESPACE = "ai4thai"
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +23,14 @@ class Peer:
     namespace: Mapping[str, str]
     address: str = ""
 
+    @property
+    def governed(self) -> bool:
+        """Whether our policies are about it: they hold for every pod of our namespace, and for no other."""
+        return self.namespace.get(NAME) == OUR_NAMESPACE
+
 
 def _pod(component: str) -> Peer:
-    return Peer(component, {COMPONENT: component}, {NAME: "ai4thai"})
+    return Peer(component, {COMPONENT: component}, {NAME: OUR_NAMESPACE})
 
 
 def _outside(name: str, labels: Mapping[str, str] | None = None, **namespace: str) -> Peer:
@@ -35,8 +41,7 @@ def _outside(name: str, labels: Mapping[str, str] | None = None, **namespace: st
 
 OURS = tuple(map(_pod, ("vision", "queue", "worker", "redis")))
 OTHERS = (
-    _pod("edge"),
-    Peer("a stranger in our namespace", {}, {NAME: "ai4thai"}),
+    Peer("a stranger in our namespace", {}, {NAME: OUR_NAMESPACE}),
     _outside("a caller's namespace", of="shop", callers="allowed"),
     _outside("another namespace", of="elsewhere"),
     _outside("KEDA", of="keda"),
@@ -50,7 +55,7 @@ OTHERS = (
 PORTS = (53, 80, 443, 2001, 2003, 5432, 6379, 8443, 26379)
 
 Flow = tuple[str, str, int]
-CALLERS = ("edge", "a caller's namespace", "Prometheus")
+CALLERS = ("a caller's namespace", "Prometheus")
 
 
 def needed(objects: Objects) -> set[Flow]:
@@ -99,8 +104,8 @@ def flows(policies: Sequence[Object]) -> Iterator[Flow]:
             if source == target or not {source, target} & set(OURS):
                 continue
             for port in PORTS:
-                leaves = source not in OURS or _admits(policies, "Egress", source, target, port)
-                enters = target not in OURS or _admits(policies, "Ingress", target, source, port)
+                leaves = not source.governed or _admits(policies, "Egress", source, target, port)
+                enters = not target.governed or _admits(policies, "Ingress", target, source, port)
                 if leaves and enters:
                     yield source.name, target.name, port
 

@@ -10,6 +10,7 @@ from deploy.kubernetes.objects import Object, Objects, Workload, amount
 from deploy.validation.findings import Finding
 from queue_server.service import NAME as QUEUE_READY
 from serving.health import LIVENESS
+from serving.relay import LINGER_SECONDS
 from vision_server.reports import READY_NAME as VISION_READY
 
 READY_NAMES = {"vision": VISION_READY, "queue": QUEUE_READY}
@@ -24,6 +25,8 @@ PROFILES = {
     *("1g.18gb", "1g.35gb", "2g.35gb", "3g.71gb", "4g.71gb", "7g.141gb"),
 }
 LEAST_GB = 16
+# As the README's example of a site has it.
+EXAMPLE_REGISTRY = "registry.example.com/"
 
 
 def check(objects: Objects) -> Iterator[Finding]:
@@ -71,6 +74,8 @@ def _pinned(objects: Objects, workload: Workload) -> Wrong:
     tag = image.rpartition("/")[2].partition(":")[2]
     if "@sha256:" not in image and tag in ("", "latest"):
         yield f"image {image} is not pinned", "Give it a tag in `images` of the kustomization: newTag."
+    if image.startswith(EXAMPLE_REGISTRY):
+        yield f"image {image} lies in a registry that is only an example", "Your own in `images`: newName."
 
 
 def _bounded(objects: Objects, workload: Workload) -> Wrong:
@@ -156,8 +161,8 @@ def _drained(objects: Objects, workload: Workload) -> Wrong:
     if needed_s and grace_s < needed_s + 10:
         yield (
             f"it is killed {grace_s} s after SIGTERM, and may need {needed_s:g} s to end",
-            f"terminationGracePeriodSeconds: {needed_s + 10:g} or more, for what SERVING_UNREADY_SECONDS + SERVING_DRAIN_SECONDS "
-            "(of a worker QUEUE_STOP_S) say, and 10 s to clean up.",
+            f"terminationGracePeriodSeconds: {needed_s + 10:g} or more: SERVING_UNREADY_SECONDS + SERVING_DRAIN_SECONDS + "
+            f"{LINGER_SECONDS:g} s for last words (of a worker QUEUE_STOP_S), and 10 s to clean up.",
         )
     worker = objects.workload("worker")
     if workload.component == "vision" and worker:

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings
 from deploy.kubernetes.objects import Objects, Workload, amount
 from deploy.validation.findings import Finding
 from queue_server.settings import QueueSettings, WorkerSettings
+from serving.relay import LINGER_SECONDS
 from serving.settings import ServingSettings
 from vision_server.settings import VisionSettings
 
@@ -87,7 +88,7 @@ def stop_s(objects: Objects, workload: Workload) -> float:
         return worker(objects, workload).stop_s
     if workload.component in CLASSES:
         serving = _read(ServingSettings, objects.environment(workload))
-        return serving.unready_seconds + serving.drain_seconds
+        return serving.unready_seconds + serving.drain_seconds + LINGER_SECONDS
     return 0.0
 
 

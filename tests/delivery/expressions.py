@@ -16,7 +16,7 @@ from tests.test_metrics_docs import DOCS, ROW, Told, documented
 
 # Of Prometheus itself, and what its client tells of any process (docs/metrics.md names them by their beginnings).
 OF_OTHERS = {
-    "up": Told("gauge", ()),
+    "up": Told("gauge", ("pod",)),  # the pod: by deploy/prometheus/kubernetes.yaml
     "process_resident_memory_bytes": Told("gauge", ()),
     "process_open_fds": Told("gauge", ()),
     "process_max_fds": Told("gauge", ()),

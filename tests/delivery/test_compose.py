@@ -120,7 +120,8 @@ def test_the_flag_which_the_file_cannot_see_is_refused_rather_than_run_on_the_cp
 
 
 def test_the_example_of_env_names_every_variable_and_is_one_that_works(tmp_path: Path) -> None:
-    files = [ROOT / "compose.yaml", *(ROOT / "deploy/compose").glob("[cg]pu.yaml")]
+    added = ("monitoring.yaml", "../envoy/compose.yaml")
+    files = [ROOT / "compose.yaml", *(ROOT / "deploy/compose" / name for name in ("cpu.yaml", "gpu.yaml", *added))]
     read = set().union(*(re.findall(r"\$\{(\w+)", path.read_text()) for path in files))
     example = re.findall(r"^#(\w+=.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
     assert {line.partition("=")[0] for line in example} >= read

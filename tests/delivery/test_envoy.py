@@ -26,7 +26,7 @@ from ai4thai.vision.v1 import vision_service_pb2 as pb
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.rehearsal_load import follow
-from benchmarks.rehearsal_parts import EDGE, ROOT, Certificates, Edge, Server, find_envoy, wait_until
+from benchmarks.rehearsal_parts import EDGE, ROOT, Edge, Server, find_envoy, wait_until
 from tests.delivery.composing import resolve
 from tests.delivery.far_away import far_away
 from tests.delivery.fleet import SCENE, Fleet, calling
@@ -306,38 +306,6 @@ def test_a_renewed_certificate_is_taken_up_without_a_restart(fleet: Fleet) -> No
         wait_until("the new certificate", lambda: subject() == "renewed")
         load.wait_for_more(4)
     assert load.failures == [] and load.bare_failures == []
-
-
-def test_with_clients_crt_only_callers_with_a_certificate_of_theirs_get_in(tmp_path: Path) -> None:
-    # Given authorities that sign callers, among them not the one that has signed the edge
-    ours, theirs = Certificates(tmp_path / "ours"), Certificates(tmp_path / "theirs")
-    ours.renew(tmp_path / "tls", "edge")
-    theirs.renew(tmp_path / "caller", "caller")
-    ours.renew(tmp_path / "stranger", "stranger")
-    (tmp_path / "tls" / "clients.crt").write_bytes(theirs.authority.read_bytes())
-    edge = Edge(tmp_path, tmp_path / "tls", ports=[free_port() for _ in range(4)])
-
-    def answered(port: int, folder: str) -> int:
-        """What HTTP status a caller hears that shows this folder's certificate; 0: it is not let in."""
-        context = ssl.create_default_context(cafile=str(ours.authority))
-        if folder:
-            context.load_cert_chain(tmp_path / folder / "tls.crt", tmp_path / folder / "tls.key")
-        try:
-            return httpx.get(f"https://localhost:{port}/metrics", verify=context, trust_env=False).status_code
-        except httpx.TransportError:
-            return 0
-
-    edge.start()
-    try:
-        # Then each door answers the caller (that there is no such page), and nobody else
-        for port in (edge.vision_port, edge.queue_port):
-            wait_until("it listens", lambda port=port: answered(port, "caller") == 404)
-            assert [answered(port, "stranger"), answered(port, "")] == [0, 0]
-        # And where there is no clients.crt, it is said that anyone may call
-        assert "whoever reaches it may call" not in edge.text()
-        assert "whoever reaches it may call" in check(EDGE_RUN_DIR=str(tmp_path / "run"), EDGE_TLS_DIR="/none").stderr
-    finally:
-        edge.kill()
 
 
 def test_an_edge_that_is_stopped_lets_running_calls_end(fleet: Fleet, tmp_path: Path) -> None:

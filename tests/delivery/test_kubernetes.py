@@ -215,8 +215,8 @@ def running(command: list[str], environ: dict[str, str], log: Path) -> Iterator[
 
 
 def test_redis_queue_and_worker_run_by_their_manifests(tmp_path: Path, short_folder: Path) -> None:
-    # given the StatefulSet's own command and files, its paths moved here, with a password that no shell would like, and around it what
-    # some editors write
+    # given the StatefulSet's own command and files, its paths moved here, with a password that no shell would like,
+    # and around it what some editors write
     found, port = rendered("cpu"), free_port()
     secrets = lay_secrets(tmp_path / "secrets", redis_password="  a b\"$(x)\\c'\r\n")
     places = {"/opt/redis": "opt", "/etc/redis": "etc", "/data": "data"}

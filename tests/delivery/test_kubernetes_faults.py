@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from deploy.kubernetes import check
+from deploy.kubernetes import check, network_rules
 from deploy.kubernetes.objects import Objects
 from tests.delivery.manifests import at, container, environment, pod, policy, rendered, without
 
@@ -39,6 +39,7 @@ FAULTS: list[tuple[str, Plant, str]] = [
     ("cpu", lambda o: pod(o, "worker")["volumes"].append({"name": "x", "hostPath": {"path": "/"}}), "hostPath"),
     ("cpu", lambda o: container(o, "vision").update(image="team10-vision"), "is not pinned"),
     ("cpu", lambda o: container(o, "queue").update(image="localhost:5000/team10-queue"), "is not pinned"),
+    ("cpu", lambda o: container(o, "queue").update(image="registry.example.com/queue:1"), "only an example"),
     ("cpu", lambda o: container(o, "worker")["resources"]["limits"].pop("memory"), "memory has no request or no limit"),
     ("cpu", lambda o: container(o, "worker")["resources"]["limits"].update(cpu="100m"), "above the limit"),
     ("cpu", lambda o: pod(o, "vision")["volumes"][0]["emptyDir"].clear(), "no sizeLimit"),
@@ -71,7 +72,7 @@ FAULTS: list[tuple[str, Plant, str]] = [
     ("cpu", lambda o: container(o, "vision")["livenessProbe"].update(failureThreshold=1), "killed after 15 s"),
     ("cpu", lambda o: pod(o, "vision").update(terminationGracePeriodSeconds=60), "killed 60 s after SIGTERM"),
     ("cpu", lambda o: pod(o, "worker").update(terminationGracePeriodSeconds=10), "killed 10 s after SIGTERM"),
-    ("cpu", lambda o: environment(o, "queue").update(SERVING_DRAIN_SECONDS="600"), "may need 610 s"),
+    ("cpu", lambda o: environment(o, "queue").update(SERVING_DRAIN_SECONDS="600"), "may need 615 s"),
     ("cpu", lambda o: environment(o, "worker").update(QUEUE_VISION_CALL_S="900"), "a worker's call may take 900 s"),
     (
         "mig",
@@ -132,9 +133,16 @@ FAULTS: list[tuple[str, Plant, str]] = [
     (
         "production",
         lambda o: at(o, "ScaledObject", "ai4thai-worker")["spec"]["triggers"][0]["metadata"].update(
-            url="http://ai4thai-queue:2003/queue/depth"
+            url="http://ai4thai-queue:2003/queue/depth?queue=*"
         ),
         "from KEDA's namespace",
+    ),
+    (
+        "production",
+        lambda o: at(o, "ScaledObject", "ai4thai-worker")["spec"]["triggers"][0]["metadata"].update(
+            url="http://ai4thai-queue.ai4thai.svc:2003/queue/depth?queue=default"
+        ),
+        "does not ask the queue server for every queue",
     ),
     ("production", lambda o: environment(o, "worker").update(QUEUE_WORKER_THREADS="4"), "targetValue is not 4"),
     (
@@ -146,7 +154,7 @@ FAULTS: list[tuple[str, Plant, str]] = [
     ("cpu", lambda o: without(o, "NetworkPolicy", "names"), "vision cannot reach DNS on port 53"),
     ("cpu", lambda o: without(o, "NetworkPolicy", "nothing"), "a stranger in our namespace may"),
     ("cpu", lambda o: without(o, "NetworkPolicy", "to-redis"), "worker cannot reach redis"),
-    ("cpu", lambda o: policy(o, "redis").update(ingress=[{}]), "a stranger in our namespace may reach redis"),
+    ("cpu", lambda o: policy(o, "redis").update(ingress=[{}]), "another namespace may reach redis"),
     ("cpu", lambda o: policy(o, "vision")["ingress"][0].pop("ports"), "on port 53, and nobody needs"),
     ("cpu", lambda o: policy(o, "queue")["egress"][0]["to"][0]["ipBlock"].pop("except"), "the cloud's metadata"),
     ("h100", lambda o: without(o, "NetworkPolicy", "vision-fetches"), "vision cannot reach a public address"),
@@ -161,3 +169,13 @@ def test_a_fault_is_caught(overlay: str, plant: Plant, words: str) -> None:
     findings = check.findings(planted if isinstance(planted, Objects) else found)
     assert any(words in finding.wrong for finding in findings), findings
     assert all(finding.cure and overlay in finding.path for finding in findings)
+
+
+def test_a_pod_of_our_namespace_gets_nowhere_by_being_let_in_alone() -> None:
+    # Given that the vision server lets in any pod of its namespace, an edge, say
+    found = copy.deepcopy(rendered("cpu"))
+    policy(found, "vision")["ingress"][0]["from"].append({"podSelector": {}})
+    flow = ("a stranger in our namespace", "vision", 2001)
+    # Then the policy `nothing` still keeps that pod from calling
+    assert flow not in set(network_rules.flows(found.of("NetworkPolicy")))
+    assert flow in set(network_rules.flows(without(found, "NetworkPolicy", "nothing").of("NetworkPolicy")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from deploy.kubernetes import objects
-from deploy.validation import tools
+from tests.delivery.composing import resolve
 from tests.delivery.expressions import problems
 from tests.processes import ROOT
 
@@ -51,7 +52,8 @@ def test_an_alert_tells_whom_it_wakes_and_what_to_do(alert: dict[str, Any]) -> N
 
 def test_each_alert_is_shown_firing() -> None:
     # given `promtool test rules`' own file: its bad night expects each alert once
-    [bad, good] = read(PROMETHEUS / "alerts-test.yaml")["tests"]
+    tests = {test["name"]: test for test in read(PROMETHEUS / "alerts-test.yaml")["tests"]}
+    bad, good = tests["a bad night"], tests["a good night"]
     expected = [sample["labels"] for test in bad["promql_expr_test"] for sample in test["exp_samples"]]
     names = [alert["alert"] for alert in alerts()]
     assert sorted(expected) == sorted(f'{{alertname="{name}"}}' for name in names)
@@ -81,26 +83,43 @@ def test_a_wrong_expression_is_found_out(expression: str, said: str, wrong: str)
 # ── Where Prometheus looks ──
 
 
+def compose(**environment: str) -> dict[str, Any]:
+    """Compose's own word about both files together."""
+    done = resolve(*(part for name in COMPOSE for part in ("-f", name)), environment=environment)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
 @pytest.fixture(scope="module")
 def composed() -> dict[str, Any]:
-    """Compose's own word about both files together."""
-    files = [part for name in COMPOSE for part in ("-f", name)]
-    command = [tools.find("docker-compose"), *files, "config", "--format", "json"]
-    done = tools.run(command, ROOT, environment={"COMPOSE_PROFILES": "cpu"})
-    assert done.returncode == 0, done.stderr
-    model: dict[str, Any] = json.loads(done.stdout)
-    return model
+    """The same with nothing set."""
+    return compose()
 
 
-def test_prometheus_scrapes_the_services_of_compose(composed: dict[str, Any]) -> None:
-    configuration, services = read(PROMETHEUS / "prometheus.yaml"), composed["services"]
+@pytest.mark.parametrize("ports", [{}, {"VISION_SERVICE_PORT": "3001", "QUEUE_WORKER_PORT": "3003"}], ids=str)
+def test_prometheus_scrapes_the_services_of_compose_on_the_ports_they_have(
+    ports: dict[str, str], tmp_path: Path
+) -> None:
+    configuration, services = read(PROMETHEUS / "prometheus.yaml"), compose(**ports)["services"]
     assert [(PROMETHEUS / name).exists() for name in configuration["rule_files"]] == [True]
-    jobs = {job["job_name"]: job["static_configs"][0]["targets"] for job in configuration["scrape_configs"]}
-    assert jobs == {"ai4thai-vision": ["vision:2001"], "ai4thai-queue": ["queue:2003"]}
-    for target in (target for targets in jobs.values() for target in targets):
+    # Given what the container runs, its /tmp moved here, with a program that says how it was called
+    container = services["prometheus"]
+    (tmp_path / "prometheus").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "prometheus").chmod(0o755)
+    [script] = container["command"]
+    command = [*container["entrypoint"], script.replace("$$", "$").replace("/tmp/", f"{tmp_path}/")]
+    done = subprocess.run(
+        command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True
+    )
+    assert "--config.file=/etc/prometheus/prometheus.yaml" in done.stdout.split()
+    # Then each job finds its server on the port that it has, in a network that both are in
+    for job in configuration["scrape_configs"]:
+        [name] = job["file_sd_configs"][0]["files"]
+        [[target]] = [one["targets"] for one in json.loads((tmp_path / Path(name).name).read_text())]
         host, port = target.split(":")
-        assert port in {str(one["target"]) for one in services[host]["ports"]}
-        assert set(services[host]["networks"]) & set(services["prometheus"]["networks"])
+        assert job["job_name"] == f"ai4thai-{host}"
+        assert [port] == [str(one["target"]) for one in services[host]["ports"]]
+        assert set(services[host]["networks"]) & set(container["networks"])
 
 
 def test_prometheus_finds_the_pods_of_the_manifests() -> None:
@@ -109,6 +128,9 @@ def test_prometheus_finds_the_pods_of_the_manifests() -> None:
         assert job["kubernetes_sd_configs"] == [{"role": "pod", "namespaces": {"names": ["ai4thai"]}}]
         [keep] = [one for one in job["relabel_configs"] if one.get("action") == "keep"]
         component, port = keep["regex"].split(";")
+        # A pod by its name, which alerts go by; not one that has ended and is kept for its log
+        assert {one["target_label"] for one in job["relabel_configs"] if "target_label" in one} == {"instance", "pod"}
+        assert [one["regex"] for one in job["relabel_configs"] if one.get("action") == "drop"] == ["Failed|Succeeded"]
         workload = rendered.workload(component)
         assert workload and workload.document["metadata"]["namespace"] == "ai4thai"
         assert port in {one["name"] for one in workload.container["ports"]}
@@ -136,7 +158,6 @@ def test_grafana_is_given_the_dashboard_and_its_source(composed: dict[str, Any])
     assert mounted["/etc/grafana/provisioning"] == str(GRAFANA / "provisioning")
     [source] = read(GRAFANA / "provisioning" / "datasources" / "prometheus.yaml")["datasources"]
     assert source["url"] == "${PROMETHEUS_URL}" and grafana["environment"]["PROMETHEUS_URL"] == "http://prometheus:9090"
-    assert "--config.file=/etc/prometheus/prometheus.yaml" in composed["services"]["prometheus"]["command"]
 
 
 # ── The dashboard ──
@@ -153,7 +174,7 @@ def test_a_panel_speaks_of_what_there_is(panel: dict[str, Any]) -> None:
 def test_the_panels_are_what_someone_on_call_wants() -> None:
     asked = " ".join(target["expr"] for panel in PANELS for target in panel["targets"])
     for metric in (
-        *("up", "ai4thai_model_ready", "grpc_server_handled_total", "grpc_server_handling_seconds_bucket"),
+        *("up", "ai4thai_models", "grpc_server_handled_total", "grpc_server_handling_seconds_bucket"),
         *("ai4thai_batch_size_images_sum", "ai4thai_queue_depth", "ai4thai_queue_oldest_age_seconds"),
         *("ai4thai_model_memory_bytes", "ai4thai_queue_workers", "ai4thai_queue_redis_memory_bytes"),
     ):

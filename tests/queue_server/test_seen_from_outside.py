@@ -234,9 +234,15 @@ async def test_depth_checks_and_metrics(
         assert 0 < told["oldest_age_seconds"] < 30
         assert (await web.get("/queue/depth", params={"queue": "unheard-of"})).json() == {
             "queue": "unheard-of",
-            **{"depth": 0, "running": 0, "backlog": 0, "oldest_age_seconds": 0.0},
+            **{"depth": 0, "held": 0, "running": 0, "backlog": 0, "workable": 0, "oldest_age_seconds": 0.0},
         }
         assert (await web.get("/queue/depth", params={"queue": "NO!"})).status_code == 400
+        # And of all queues together, of which one is paused: what is held there calls for no worker
+        await front.stub.PauseQueue(pb.PauseQueueRequest(queue="nightly"))
+        await front.submit(queue="nightly")
+        told = (await web.get("/queue/depth", params={"queue": "*"})).json()
+        assert told.pop("oldest_age_seconds") > 0
+        assert told == {"queue": "*", "depth": 3, "held": 1, "running": 0, "backlog": 3, "workable": 2}
         # As the docs have KEDA ask, to the letter
         (block,) = re.findall(r"```yaml\n(apiVersion: keda.sh.*?)```", DOCS.read_text(), re.S)
         (trigger,) = yaml.safe_load(block)["spec"]["triggers"]
@@ -279,6 +285,10 @@ async def test_depth_checks_and_metrics(
         assert found[f"ai4thai_queue_attempts_total{of_detect}"] == 4
         assert found['ai4thai_queue_attempts_ended_total{kind="detect",outcome="succeeded",queue="default"}'] == 3
         assert found['ai4thai_queue_attempts_ended_total{kind="detect",outcome="retried",queue="default"}'] == 1
+        # What alerts wait for is 0, not missing: the first one would be no increase
+        assert found['ai4thai_queue_attempts_ended_total{kind="detect",outcome="lost",queue="default"}'] == 0
+        for outcome in ("delivered", "failed", "given_up"):
+            assert found[f'ai4thai_queue_webhook_tries_total{{outcome="{outcome}"}}'] == 0
         for histogram, count in (("job", 3), ("wait", 4), ("run", 4)):
             assert found[f"ai4thai_queue_{histogram}_seconds_count{of_detect}"] == count
             assert (
