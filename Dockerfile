@@ -1,13 +1,16 @@
 # All images of the platform; docs/deployment.md tells how to build and run them.
 #
-#   base ── builder ─┬─ queue-wheel ──► queue-packages ─────────────► queue            queue server, worker; no GPU library
-#                    └─ vision-wheel ─► vision-packages ─┬──────────► production       vision server
-#                                                        ├─ h100-packages ─► h100-optimized
-#                                                        └─ development-packages ─► development
+#   base ── builder ─┬─ queue-packages ────────────────────────────► queue            queue server, worker; no GPU library
+#                    ├─ vision-packages ─┬─────────────────────────► production       vision server
+#                    │                   ├─ models, h100-packages ─► h100-optimized
+#                    │                   └─ development-packages ──► development
+#                    └─ queue-code, vision-code                      our own code, the last layer of each server's image
+#
+# What is large comes first: models, then the packages of others, which hang on their lock alone. Our own code is a small layer on
+# top: a change of it installs and fetches nothing again, and that layer is all that is pushed and pulled.
 #
 # pip keeps no cache here: neither in a layer (--no-cache-dir, so there is nothing to purge either) nor in a cache mount, which
-# would stay on the builder, unchecked, and differ from runner to runner. A second build is quick because the layers are kept:
-# a lock file that has not changed installs nothing again.
+# would stay on the builder, unchecked, and differ from runner to runner. A second build is quick because the layers are kept.
 #
 # Bookworm: the deployment guide says bullseye, which has had no security fixes since August 2026.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
@@ -35,7 +38,7 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["tini", "--"]
 
 
-# ---- builder: pip and what our own wheel is built with; nothing of this stage but /opt/venv goes on
+# ---- builder: pip and what our own code is built with; nothing of this stage but /opt/venv goes on
 FROM base AS builder
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
@@ -45,28 +48,27 @@ RUN python -m venv /opt/venv \
     && pip install --no-cache-dir --no-deps --require-hashes -r requirements/build.txt
 
 
-# A wheel has the packages that are here: the queue's no vision_server, the vision server's no queue_server.
-FROM builder AS queue-wheel
+# Our own code, installed beside /opt/venv with nothing else, to be copied into it: buildah would not notice that a wheel mounted
+# into a RUN has changed. It has the packages that are here: the queue's no vision_server, the vision server's no queue_server.
+FROM builder AS queue-code
 COPY pyproject.toml README.md ./
 COPY clients clients
 COPY serving serving
 COPY queue_server queue_server
-RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
+RUN pip install --no-cache-dir --no-deps --no-index --no-build-isolation --no-warn-script-location --root /installed .
 
 
-FROM builder AS vision-wheel
+FROM builder AS vision-code
 COPY pyproject.toml README.md ./
 COPY clients clients
 COPY serving serving
 COPY vision_server vision_server
-RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
+RUN pip install --no-cache-dir --no-deps --no-index --no-build-isolation --no-warn-script-location --root /installed .
 
 
 FROM builder AS queue-packages
 COPY requirements/queue.txt requirements/
 RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements/queue.txt
-COPY --from=queue-wheel /wheels /wheels
-RUN pip install --no-cache-dir --no-deps /wheels/*.whl && pip check
 
 
 FROM builder AS vision-packages
@@ -80,8 +82,23 @@ RUN if [ "$ACCELERATOR" = cpu ]; then \
     fi
 COPY requirements/vision-${ACCELERATOR}.txt requirements/
 RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements/vision-${ACCELERATOR}.txt
-COPY --from=vision-wheel /wheels /wheels
-RUN pip install --no-cache-dir --no-deps /wheels/*.whl && pip check
+
+
+# Models that the image brings, by the names of VISION_DETECTOR and VISION_DESCRIBER with spaces between them. Of our own
+# code only what fetching takes is here: a change of anything else fetches nothing again.
+FROM vision-packages AS models
+COPY serving/__init__.py serving/logs.py serving/settings.py serving/
+COPY vision_server/__init__.py vision_server/network.py vision_server/prefetch.py vision_server/settings.py \
+     vision_server/weights.py vision_server/
+COPY vision_server/describers/__init__.py vision_server/describers/addresses.py vision_server/describers/
+COPY vision_server/engines/__init__.py vision_server/engines/choose.py vision_server/engines/engine.py vision_server/engines/
+ARG PREFETCH_MODELS=""
+ARG HF_ENDPOINT=https://huggingface.co
+# The token of gated ones is a BuildKit secret (--secret id=hf_token,src=FILE), which no layer and no history has.
+RUN --mount=type=secret,id=hf_token mkdir -p /models \
+    && if [ -n "$PREFETCH_MODELS" ]; then \
+         python -m vision_server.prefetch --into /models $PREFETCH_MODELS; \
+       fi
 
 
 # ---- vision: what production and h100-optimized share
@@ -98,7 +115,6 @@ ENV VISION_SERVICE_PORT=2001 \
     XDG_CACHE_HOME=/data/cache \
     CUDA_CACHE_PATH=/data/cache/cuda
 EXPOSE 2001
-USER 10001:10001
 # Healthy: the models answer. Large ones load for 5 to 10 minutes; failures do not count until then, a success does at once.
 HEALTHCHECK --interval=10s --timeout=15s --start-period=15m --retries=3 \
     CMD ["sh", "-c", "exec ai4thai health --grpc localhost:$VISION_SERVICE_PORT --timeout 5"]
@@ -106,10 +122,13 @@ CMD ["python", "-m", "vision_server"]
 
 
 FROM vision AS production
+COPY --from=vision-packages /opt/venv /opt/venv
+COPY --from=vision-code /installed/opt/venv /opt/venv
+RUN pip check --no-cache-dir
+USER 10001:10001
 ARG VERSION=dev
 ARG REVISION=unknown
 ARG CREATED=unknown
-COPY --from=vision-packages /opt/venv /opt/venv
 LABEL org.opencontainers.image.title="AI4Thai vision server" \
       org.opencontainers.image.description="YOLO and a vision-language model behind gRPC and HTTP on port 2001." \
       org.opencontainers.image.licenses="AGPL-3.0-or-later" \
@@ -121,38 +140,35 @@ LABEL org.opencontainers.image.title="AI4Thai vision server" \
 FROM vision-packages AS h100-packages
 COPY requirements/h100.txt requirements/tensorrt.txt requirements/
 # nvImageCodec and TensorRT need CUDA: the cpu variant of this target, which is there to be tried without a GPU, goes without.
-# TensorRT's libraries lie at NVIDIA, not on PyPI, and have no hash: requirements/tensorrt.txt.
+# TensorRT's libraries lie at NVIDIA, not on PyPI, and have no hash: requirements/tensorrt.txt. Its front package is built here by
+# the tools of build.txt: in isolation pip would take the newest ones of the day.
 ARG NVIDIA_INDEX=https://pypi.nvidia.com
 RUN if [ "$ACCELERATOR" = gpu ]; then \
       pip install --no-cache-dir --no-deps --require-hashes -r requirements/h100.txt \
-      && pip install --no-cache-dir --no-deps --extra-index-url "$NVIDIA_INDEX" -r requirements/tensorrt.txt; \
-    fi \
-    && pip check
-# Models that the image brings, by the names of VISION_DETECTOR and VISION_DESCRIBER with spaces between them. The token of gated
-# ones is a BuildKit secret (--secret id=hf_token,src=FILE), which no layer and no history has.
-ARG PREFETCH_MODELS=""
-ARG HF_ENDPOINT=https://huggingface.co
-RUN --mount=type=secret,id=hf_token mkdir -p /models \
-    && if [ -n "$PREFETCH_MODELS" ]; then \
-         python -m vision_server.prefetch --into /models $PREFETCH_MODELS; \
-       fi
+      && pip install --no-cache-dir --no-deps --no-build-isolation --extra-index-url "$NVIDIA_INDEX" \
+           -r requirements/tensorrt.txt; \
+    fi
 
 
 # ---- h100-optimized: one H100, or a MIG slice of it. Half precision (bf16 for describers, fp16 for detectors) and CUDA graphs are
 # what the server does on any GPU; TensorRT is taken for a detector once `ai4thai models export NAME --engine engine` has built it.
 # malloc is set by the server itself (serving/process.py, measured), for glibc: another malloc would undo that. MALLOC_ARENA_MAX=4
-# was tried: 758 instead of 776 MB after 12-megapixel pictures, which is within the noise.
+# was tried: 758 instead of 776 MB after 12-megapixel pictures, which is within the noise. nvImageCodec is at hand for own code;
+# the server decodes JPEGs by nvJPEG (torchvision).
 FROM vision AS h100-optimized
 ENV VISION_PREFETCHED_DIR=/models \
     VISION_GPU_DECODE=true \
     VISION_MAX_BATCH=32
+COPY --from=models /models /models
+COPY --from=h100-packages /opt/venv /opt/venv
+COPY --from=vision-code /installed/opt/venv /opt/venv
+RUN pip check --no-cache-dir
+USER 10001:10001
 ARG VERSION=dev
 ARG REVISION=unknown
 ARG CREATED=unknown
-COPY --from=h100-packages /models /models
-COPY --from=h100-packages /opt/venv /opt/venv
 LABEL org.opencontainers.image.title="AI4Thai vision server for the H100" \
-      org.opencontainers.image.description="YOLO and a vision-language model behind gRPC and HTTP on port 2001; TensorRT, nvImageCodec." \
+      org.opencontainers.image.description="YOLO and a vision-language model behind gRPC and HTTP on port 2001; TensorRT, nvJPEG." \
       org.opencontainers.image.licenses="AGPL-3.0-or-later" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
@@ -162,27 +178,24 @@ LABEL org.opencontainers.image.title="AI4Thai vision server for the H100" \
 FROM vision-packages AS development-packages
 COPY requirements/dev.txt requirements/
 RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements/dev.txt
-WORKDIR /app
-COPY pyproject.toml README.md ./
-COPY clients clients
-COPY serving serving
-COPY vision_server vision_server
-COPY queue_server queue_server
-# The source as it lies in /app, where a checkout is mounted over it: docker run -v "$PWD:/app" …
-RUN pip uninstall -y ai4thai && pip install --no-cache-dir --no-deps --no-build-isolation --editable . && pip check \
-    # So that `make VENV=/opt/venv test` finds it ready.
-    && cp pyproject.toml /opt/venv/.ready
 
 
 # ---- development: tools and tests; everything belongs to the user, so that pip and make may change it
 FROM vision AS development
-USER 0
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates=20* curl=7.88.* git=1:2.39.* make=4.3-* \
     && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig/aux-cache
 COPY --from=development-packages --chown=10001:10001 /opt/venv /opt/venv
-COPY --from=development-packages --chown=10001:10001 /app /app
+COPY --chown=10001:10001 pyproject.toml README.md ./
+COPY --chown=10001:10001 clients clients
+COPY --chown=10001:10001 serving serving
+COPY --chown=10001:10001 vision_server vision_server
+COPY --chown=10001:10001 queue_server queue_server
 USER 10001:10001
+# The source as it lies in /app, where a checkout is mounted over it: docker run -v "$PWD:/app" …
+RUN pip install --no-cache-dir --no-deps --no-index --no-build-isolation --editable . && pip check \
+    # So that `make VENV=/opt/venv test` finds it ready.
+    && cp pyproject.toml /opt/venv/.ready
 HEALTHCHECK NONE
 CMD ["python", "-m", "pytest"]
 
@@ -190,16 +203,18 @@ CMD ["python", "-m", "pytest"]
 # ---- queue: the queue server; with `python -m queue_server.worker` as its command, the worker
 FROM base AS queue
 ENV QUEUE_WORKER_PORT=2003
-ARG VERSION=dev
-ARG REVISION=unknown
-ARG CREATED=unknown
 COPY --from=queue-packages /opt/venv /opt/venv
+COPY --from=queue-code /installed/opt/venv /opt/venv
+RUN pip check --no-cache-dir
 EXPOSE 2003
 USER 10001:10001
 # Of the server. A worker has no port; its check is: ai4thai health --worker
 HEALTHCHECK --interval=10s --timeout=15s --start-period=1m --retries=3 \
     CMD ["sh", "-c", "exec ai4thai health --grpc localhost:$QUEUE_WORKER_PORT --timeout 5"]
 CMD ["python", "-m", "queue_server"]
+ARG VERSION=dev
+ARG REVISION=unknown
+ARG CREATED=unknown
 LABEL org.opencontainers.image.title="AI4Thai queue server and worker" \
       org.opencontainers.image.description="Jobs that survive, behind gRPC and HTTP on port 2003; the worker by another command." \
       org.opencontainers.image.licenses="AGPL-3.0-or-later" \

@@ -76,8 +76,14 @@ def becomes_healthy(container: Container, check: Sequence[str], within_s: float)
     assert check, "the image has no HEALTHCHECK"
     until_s = time.monotonic() + within_s
     while (said := container.inside(list(check))).returncode:
+        assert container.running(), "its main process has ended; the log tells why"
         assert time.monotonic() < until_s, f"not healthy within {within_s:g} s: {said.stdout}{said.stderr}"
         time.sleep(0.5)
+
+
+def computes_on_a_gpu(container: Container, libraries: Sequence[str]) -> None:
+    """The libraries import there, and torch sees a GPU."""
+    _run(container, ["python", "-c", f"import {', '.join(libraries)}; assert torch.cuda.is_available(), 'no GPU'"])
 
 
 def has_what_it_needs(container: Container) -> None:
@@ -156,6 +162,12 @@ def drains(container: Container, port: int, within_s: float) -> None:
     assert (word, "shutting" in said) == ("drained", True), f"the stream ended with {word} {' '.join(said)}"
     # One may have been on its way when the server stopped to read.
     assert int(answered) >= int(sent) - 1, f"of {sent} frames {answered} were answered"
+    ends_in_order(container, within_s)
+
+
+def stops(container: Container, within_s: float) -> None:
+    """SIGTERM ends it in order."""
+    container.terminate()
     ends_in_order(container, within_s)
 
 

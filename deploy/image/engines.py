@@ -41,6 +41,9 @@ class Container(Protocol):
     def begin_inside(self, command: list[str]) -> subprocess.Popen[str]:
         """The same without waiting; its stdin and stdout are pipes."""
 
+    def running(self) -> bool:
+        """Whether its main process still runs."""
+
     def terminate(self) -> None:
         """Sends its main process SIGTERM, as every engine does at the end."""
 
@@ -86,11 +89,17 @@ def _read_config(found: dict[str, Any]) -> Config:
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:2])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout.strip()
 
 
 class Docker:
-    """The docker command."""
+    """The docker command; `gpus` as in `docker run --gpus`, empty: none."""
+
+    def __init__(self, gpus: str = "") -> None:
+        self._gpus = ["--gpus", gpus] if gpus else []
 
     def config(self, image: str) -> Config:
         """See Engine."""
@@ -112,8 +121,14 @@ class Docker:
         )
         variables = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
         safe = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
-        name = _output("docker", "run", "--detach", *safe, *network, *variables, image, *(command or []))
-        return DockerContainer(name)
+        whole = [*safe, *self._gpus, *network, *variables, image, *(command or [])]
+        container = DockerContainer(_output("docker", "create", *whole))
+        try:
+            _output("docker", "start", container.name)
+        except RuntimeError:
+            container.remove()
+            raise
+        return container
 
 
 class DockerContainer:
@@ -135,6 +150,10 @@ class DockerContainer:
         """See Container."""
         whole = ["docker", "exec", "--interactive", self.name, *command]
         return subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def running(self) -> bool:
+        """See Container."""
+        return _output("docker", "inspect", "--format", "{{.State.Running}}", self.name) == "true"
 
     def terminate(self) -> None:
         """See Container."""
@@ -214,7 +233,12 @@ class BuildahContainer:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
-        self._main_pid = self._wait_for_main()
+        self._main_pid = str(self._process.pid)
+        try:
+            self._main_pid = self._wait_for_main()
+        except RuntimeError:
+            self.remove()
+            raise
 
     def _wait_for_main(self) -> str:
         """The process id, as this machine counts, of what is number 1 inside."""
@@ -243,6 +267,10 @@ class BuildahContainer:
         """See Container."""
         return subprocess.Popen(self._entering(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
+    def running(self) -> bool:
+        """See Container."""
+        return self._process.poll() is None
+
     def terminate(self) -> None:
         """See Container."""
         os.kill(int(self._main_pid), signal.SIGTERM)
@@ -265,14 +293,18 @@ class BuildahContainer:
         subprocess.run(["buildah", "rm", self._name], capture_output=True)
 
 
-def choose() -> Engine:
-    """The engine that ENGINE names, else Docker where it answers, else buildah."""
+def choose(gpus: str = "") -> Engine:
+    """The engine that ENGINE names, else Docker where it answers, else buildah; only Docker brings GPUs into a container."""
     name = os.environ.get("ENGINE") or ("docker" if _docker_answers() else "buildah")
     if name not in ("docker", "buildah"):
         raise ValueError(f"ENGINE={name}: docker or buildah")
     if shutil.which(name) is None:
         raise FileNotFoundError(f"{name} is not installed.")
-    return Docker() if name == "docker" else Buildah()
+    if name == "docker":
+        return Docker(gpus)
+    if gpus:
+        raise ValueError("GPUs need ENGINE=docker with the NVIDIA Container Toolkit: a chroot has no driver in it.")
+    return Buildah()
 
 
 def _docker_answers() -> bool:

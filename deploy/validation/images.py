@@ -32,9 +32,8 @@ class Engine:
     name: str
     program: str
 
-    def build(self, target: str, tag: str) -> list[str]:
+    def build(self, target: str, tag: str, accelerator: str) -> list[str]:
         """The command that builds a target."""
-        accelerator = os.environ.get("ACCELERATOR", "cpu")
         command = [self.program, "build" if self.name == "docker" else "bud"]
         if self.name == "buildah":
             # HEALTHCHECK is of Docker's format alone; with layers, what one target has built the next one takes.
@@ -56,29 +55,33 @@ def check(tree: Tree, options: Options) -> Outcome:
     """Times and sizes are in the note; a target that does not build does not keep the others from it."""
     del options
     engine = find_engine()
+    # What is deployed is gpu, which takes gigabytes and a GPU to be tried; the note tells which of the two was.
+    accelerator = os.environ.get("ACCELERATOR", "cpu")
     there = {stage.name for stage in read_stages(tree.read(FILE))}
     wanted = os.environ.get("BUILD_TARGETS", "").split() or [name for name in STAGES if name in there]
     findings: list[Finding] = []
-    notes = [engine.name]
+    notes = [f"{engine.name}, ACCELERATOR={accelerator}"]
     for target in wanted:
         tag = f"localhost/team10-validation:{target}"
         _say(f"building {target} with {engine.name} …")
         begun = time.monotonic()
-        failure = _run_aloud(engine.build(target, tag), tree, {"DOCKER_BUILDKIT": "1"})
+        command = engine.build(target, tag, accelerator)
+        failure = _run_aloud(command, tree, {"DOCKER_BUILDKIT": "1"})
         seconds = time.monotonic() - begun
         if failure:
             wrong = f"the target {target!r} does not build: {failure}"
-            cure = f"Build it by hand to see all of it: {shlex.join(engine.build(target, tag))}"
+            cure = f"Build it by hand to see all of it: {shlex.join(command)}"
             findings.append(Finding(FILE, tree.line_of(FILE, f"AS {target}"), wrong, cure))
             continue
         note = f"{target} {engine.size_bytes(tag, tree) / 1e6:,.0f} MB in {seconds:.0f} s"
         if target in (*SERVING, "development") and tree.exists(CHECK_SCRIPT):
             _say(f"starting {target} …")
             begun = time.monotonic()
-            failure = _run_aloud(["bash", CHECK_SCRIPT, tag, target], tree, {"ENGINE": engine.name})
+            environment = {"ENGINE": engine.name, "ACCELERATOR": accelerator}
+            failure = _run_aloud(["bash", CHECK_SCRIPT, tag, target], tree, environment)
             if failure:
                 wrong = f"the image of {target!r} does not start as it should: {failure}"
-                cure = f"Try it by hand: ENGINE={engine.name} {CHECK_SCRIPT} {tag} {target}"
+                cure = f"Try it by hand: ENGINE={engine.name} ACCELERATOR={accelerator} {CHECK_SCRIPT} {tag} {target}"
                 findings.append(Finding(CHECK_SCRIPT, 0, wrong, cure))
             else:
                 note += f", healthy and checked in {time.monotonic() - begun:.0f} s"

@@ -1,9 +1,10 @@
-"""What the Dockerfile relies on: a queue without GPU libraries, packages whose data goes into their wheels, the tested probe."""
+"""What the Dockerfile relies on: a queue without GPU libraries, layers that outlast a change of code, data in wheels, a probe."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -46,6 +47,15 @@ for package in ("queue_server", "serving", "ai4thai"):
             count += 1
 print(count)
 """
+# What is imported of ours must lie in the folder it is run in: an editable installation finds the rest elsewhere.
+_PREFETCH = """
+import os, sys
+from vision_server import prefetch
+code = prefetch.main()
+ours = {"serving", "vision_server", "queue_server", "ai4thai"}
+files = [module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] in ours]
+sys.exit(code or " ".join(file for file in files if not file.startswith(os.getcwd())) or 0)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +95,58 @@ def test_the_queues_image_gets_nothing_of_the_vision_server(stages: dict[str, St
     assert "queue_server" in copied
     assert not {name for name in seen if "vision" in name}
     assert not {word for word in copied if "vision" in word}
+
+
+def test_packages_hang_on_their_lock_alone(stages: dict[str, Stage]) -> None:
+    """With our own code in between, each change of it would install CUDA and TensorRT anew."""
+    found = [stage for stage in stages.values() if stage.name.endswith("-packages")]
+    assert len(found) == 4
+    for stage in found:
+        copied = [word for copy in stage.all("COPY") for word in copy.words[:-1]]
+        assert not [word for word in copied if not word.startswith("requirements/")], stage.name
+        assert not [copy for copy in stage.all("COPY") if copy.flag("from")], stage.name
+
+
+@pytest.mark.parametrize("target", SERVERS)
+def test_our_own_code_is_the_last_layer_with_anything_in_it(stages: dict[str, Stage], target: str) -> None:
+    chain = stages[target].chain
+    writing = [instruction for instruction in chain if instruction.name in ("COPY", "ADD", "RUN")]
+    *below, code, check = writing
+    code_stage = "queue-code" if target == "queue" else "vision-code"
+    assert code.flag("from") == code_stage
+    assert check.text.startswith("pip check ")
+    for copy in below:
+        source = copy.flag("from")
+        assert copy.name == "RUN" or (source and (source == "models" or source.endswith("-packages"))), copy.text
+    # They differ in each commit, and one that stands before a RUN is a part of what that layer is looked up by.
+    for argument in ("VERSION", "REVISION", "CREATED"):
+        (declared,) = (i for i in chain if i.name == "ARG" and i.words[0].startswith(f"{argument}="))
+        assert chain.index(declared) > chain.index(check)
+
+
+def test_fetching_models_takes_no_more_of_our_code_than_its_stage_has(stages: dict[str, Stage], tmp_path: Path) -> None:
+    # given the files that the stage copies, a detector and a describer that lie there already
+    for copy in stages["models"].own:
+        if copy.name == "COPY":
+            for word in copy.words[:-1]:
+                assert Path(word).parent == Path(copy.words[-1])
+                (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / word, tmp_path / word)
+    models = tmp_path / "models"
+    (models / "some/describer").mkdir(parents=True)
+    (models / "yolo11s.pt").touch()
+
+    ended = subprocess.run(
+        [sys.executable, "-c", _PREFETCH, "--into", str(models), "yolo11s.pt", "some/describer"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "AI4THAI_DATA_DIR": str(tmp_path / "data")},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count(" MB in ") == 2
 
 
 @pytest.mark.parametrize("target", SERVERS)
