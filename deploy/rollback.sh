@@ -6,14 +6,15 @@ usage() {
   cat <<'TEXT'
 deploy/rollback.sh [--environment NAME] [--list] [TAG]
 
-  TAG             back to this one instead; it must have been verified in this environment
+  TAG             to this one instead, also one that was gone back from; it must have been verified in this environment
   --environment   production unless said otherwise (or CI_ENVIRONMENT_NAME)
   --list          tells what one can go back to, and changes nothing
 
 Needs neither GitLab nor the registry as long as this host still has the images; also lies in every release:
 /var/lib/team10/production/current/deploy/rollback.sh
 
-Ends with 0: back and verified; 1: there is nothing to go back to; 2: nothing was changed; 3: back, but not good either.
+Ends with 0: back and verified; 1: there is nothing to go back to; 2: nothing was changed; 3: a person is needed: not good either,
+or cut off, or it could not be verified.
 TEXT
 }
 
@@ -39,12 +40,22 @@ if [ $list = yes ]; then
   say "Runs in $environment: ${now:-nothing}$(is_verified "$now" || echo ' (not verified)')."
   say "Verified, the newest first:"
   tac "$home/verified" | sed 's/^/  /'
+  taken=$(taken_back)
+  if [ -n "$taken" ]; then
+    say "Gone back from, and still here (by name):"
+    tac <<<"$taken" | awk '!seen[$0]++ { print "  " $0 }'
+  fi
   exit 0
 fi
+lock
+refuse_edge
 if [ -n "$tag" ]; then
   # The tag as it was deployed last: with a number behind it when that was not the first time.
-  target=$(awk -F + -v tag="$tag" '$1 == tag || $0 == tag { last = $0 } END { print last }' "$home/verified")
-  [ -n "$target" ] || die 2 "$tag was never verified in $environment; deploy/rollback.sh --environment $environment --list tells what was." \
+  for known in "$(cat "$home/verified")" "$(taken_back)"; do
+    target=$(awk -F + -v tag="$tag" '$1 == tag || $0 == tag { last = $0 } END { print last }' <<<"$known")
+    [ -z "$target" ] || break
+  done
+  [ -n "$target" ] || die 2 "$tag was not verified in $environment, or is no longer on this host; deploy/rollback.sh --environment $environment --list tells what was." \
     "To deploy it all the same: deploy/deploy.sh $environment $tag"
 else
   target=$(earlier)
@@ -52,10 +63,13 @@ else
     "A good version must be deployed: deploy/deploy.sh $environment TAG"
 fi
 
+can_come_back "$target" || exit 2
 say "Going back from ${now:-nothing} to $target in $environment."
-if bring_back "$target"; then
-  say "$target is live in $environment, and verified."
-  exit 0
-fi
+code=0
+bring_back "$target" || code=$?
+case $code in
+  0) say "$target is live in $environment, and verified."; exit 0 ;;
+  2) die 3 "$target runs in $environment, and could not be verified: why is said above." ;;
+esac
 say "$target is not good either: the cause may be this host (GPU, disk, memory). ai4thai doctor; docs/operations.md; this command once more goes further back." >&2
 exit 3

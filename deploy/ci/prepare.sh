@@ -5,7 +5,7 @@ set -eu
 missing=
 for program in "$@"; do
   case $program in
-    lib*) ldconfig -p | grep -q "${program%[0-9]}" || missing="$missing $program" ;; # a library by its Debian package
+    lib*) PATH=$PATH:/sbin:/usr/sbin ldconfig -p | grep -q "${program%[0-9]}" || missing="$missing $program" ;; # a library by its Debian package
     *) command -v "$program" >/dev/null 2>&1 || missing="$missing $program" ;;
   esac
 done

@@ -42,7 +42,11 @@ sys.exit(answer["code"])
 
 
 class Said(Exception):
-    """What docker answers instead of doing it."""
+    """What docker answers instead of doing it; `stdout` is what it could do nevertheless."""
+
+    def __init__(self, words: str, stdout: str = "") -> None:
+        super().__init__(words)
+        self.stdout = stdout
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,12 @@ class Project(composing.Composition):
             changed.append(name)
         return changed
 
+    def stop(self, *names: str) -> None:
+        """Ends containers; `up` starts them again, changed or not."""
+        for name in names:
+            if container := self.containers.pop(name, None):
+                container.stop()
+
     def _in_order(self, names: list[str]) -> list[str]:
         """With what they depend on, that first."""
         order: list[str] = []
@@ -143,6 +153,8 @@ class Engine:
         """The host's files that running containers have mounted, as a test says."""
         self.used: list[str] = []
         """The images of containers that a person has started, as a test says."""
+        self.edge = ""
+        """The edge's container that a person has started, by name; empty: there is none."""
         self.away = False
         """Whether the registry does not answer."""
         self._lite = dict(lite or {})
@@ -210,7 +222,7 @@ class Engine:
                 "stderr": "",
             }
         except (Said, composing.Refused) as refusal:
-            return {"code": 1, "stdout": "", "stderr": f"{refusal}\n"}
+            return {"code": 1, "stdout": getattr(refusal, "stdout", ""), "stderr": f"{refusal}\n"}
         except BaseException as fault:  # told to the test: a script may go on after it
             self.faults.append(f"docker {' '.join(argv)}: {fault!r}")
             return {"code": 125, "stdout": "", "stderr": f"{fault!r}\n"}
@@ -286,9 +298,14 @@ class Engine:
         ref = asked.ref
         if ref not in self.host:
             raise Said(f"Error: No such image: {ref}")
+        if asked.format == "{{.Id}}":
+            return f"{self.host[ref].digest}\n"
         names = [name for name, image in self.host.items() if image.digest == self.host[ref].digest]
         tags = [name for name in names if "@" not in name and "RepoTags" in asked.format]
         return "".join(f"{name}\n" for name in [*tags, *(name for name in names if "@" in name)])
+
+    def _tag(self, words: list[str], told: dict[str, Any]) -> None:
+        self.host[words[1]] = self.host[words[0]]
 
     def _image_rm(self, words: list[str], told: dict[str, Any]) -> None:
         # Of a name at a time: the image is there as long as it has one.
@@ -297,6 +314,8 @@ class Engine:
             raise Said(f"Error: No such image: {', '.join(missing)}")
 
     def _ps(self, words: list[str], told: dict[str, Any]) -> str:
+        if words[:-1] == ["--quiet", "--filter"]:
+            return "0123456789ab\n" if words[-1] == f"name=^{self.edge}$" else ""
         assert words[:-1] == ["--all", "--quiet", "--filter"], words
         asked = self.host[words[-1].removeprefix("ancestor=")].digest
         containers = [container for project in self.projects.values() for container in project.containers.values()]
@@ -305,7 +324,8 @@ class Engine:
 
     def _inspect(self, words: list[str], told: dict[str, Any]) -> str:
         if "Mounts" in words[1]:
-            return "".join(f"{path}\n" for path in self.mounts)
+            missing = next(name for name in words[2:] if name.endswith("-edge"))
+            raise Said(f"Error: No such object: {missing}", "".join(f"{path}\n" for path in self.mounts))
         assert words[:2] == ["--format", "{{.RestartCount}}"], words
         return "".join(f"{len(self.container(name).starts) - 1}\n" for name in words[2:])
 
@@ -313,7 +333,7 @@ class Engine:
         parser = argparse.ArgumentParser(exit_on_error=False)
         for option in ("--project-name", "--project-directory", "--file", "--env-file"):
             parser.add_argument(option, required=True)
-        parser.add_argument("command", choices=["config", "up", "logs"])
+        parser.add_argument("command", choices=["config", "up", "stop", "logs"])
         parser.add_argument("rest", nargs=argparse.REMAINDER)
         asked = parser.parse_args(words)
         options = [asked.project_name, asked.project_directory, asked.file, asked.env_file]
@@ -330,6 +350,10 @@ class Engine:
         if asked.command == "logs":
             running = self.projects[asked.project_name].containers.values()
             return "".join(f"{container.name} | {container.log_tail()}\n" for container in running)
+        if asked.command == "stop":
+            if asked.project_name in self.projects:
+                self.projects[asked.project_name].stop(*asked.rest)
+            return ""
         flags = [word for word in asked.rest if word.startswith("--")]
         needed, known = {"--detach", "--no-build"}, {"--no-deps", "--force-recreate"}
         assert needed <= set(flags) <= needed | known, flags

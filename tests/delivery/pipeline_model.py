@@ -24,7 +24,7 @@ INHERITED = (
     "cache",
     "artifacts",
 )
-_TOKENS = re.compile(r'\s*(?:(\$\w+)|"([^"]*)"|(==|!=|&&|\|\||[()])|(null))')
+_TOKENS = re.compile(r'\s*(?:(\$\w+)|"([^"]*)"|(=~|==|!=|&&|\|\||[()])|(null)|/((?:[^/\\]|\\.)+)/)')
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Pipelines:
 
 
 def holds(condition: str, known: Mapping[str, str]) -> bool:
-    """Whether a rule's `if` is true: variables, strings, null, == != && || and parentheses."""
+    """Whether a rule's `if` is true: variables, strings, null, == != =~ && || and parentheses."""
     tokens = _tokens(condition)
     words = [*tokens, ("", "")]
     at = 0
@@ -137,6 +137,10 @@ def holds(condition: str, known: Mapping[str, str]) -> bool:
             equal = words[at][1] == "=="
             at += 1
             return (left == value()) == equal
+        if words[at] == ("operator", "=~"):
+            assert words[at + 1][0] == "pattern", condition
+            at += 2
+            return re.search(words[at - 1][1], left or "") is not None
         return bool(left)
 
     def both() -> bool:
@@ -172,7 +176,7 @@ def _tokens(condition: str) -> list[tuple[str, str]]:
             found = _TOKENS.match(condition, at)
             assert found is not None, f"{condition!r} is not understood from {condition[at:]!r} on"
             at = found.end()
-            kind = ("variable", "string", "operator", "null")[(found.lastindex or 1) - 1]
+            kind = ("variable", "string", "operator", "null", "pattern")[(found.lastindex or 1) - 1]
             yield kind, found[found.lastindex or 1]
 
     return list(read())

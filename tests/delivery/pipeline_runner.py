@@ -55,10 +55,16 @@ while [ $# -gt 0 ]; do
     --output) echo '{"bomFormat": "CycloneDX"}' >"$2" ;;
     --exit-code) exits=$2 ;;
     --severity) severity=$2 ;;
+    --scanners) scanners=$2 ;;
+    --skip-db-update) [ "${TRIVY_FINDS:-}" != trouble ] || exit 1 ;;
   esac
   shift
 done
-case ,${TRIVY_FINDS:-}, in *,CRITICAL,*) found=yes ;; *,HIGH,*) [ "${severity:-}" = HIGH,CRITICAL ] && found=yes ;; esac
+case ,${TRIVY_FINDS:-}, in
+  *,secret,*) [[ ${scanners:-secret} == *secret* ]] && found=yes ;;
+  *,CRITICAL,*) found=yes ;;
+  *,HIGH,*) [ "${severity:-}" = HIGH,CRITICAL ] && found=yes ;;
+esac
 [ "${found:-no}" = yes ] && exit $exits
 exit 0
 """

@@ -84,7 +84,10 @@ READS = {
         "deploy/compose",
         "deploy/validation",
     ),
-    "kubernetes": ("deploy/kubernetes", "deploy/compose",),
+    "kubernetes": (
+        "deploy/kubernetes",
+        "deploy/compose",
+    ),
 }
 _NO_CACHE = "--no-cache-dir --no-deps --require-hashes -r requirements/queue.txt"
 _PREFETCH = "mkdir -p /models \\\n"  # begins the one RUN that is given a secret

@@ -1,134 +1,20 @@
-"""deploy.sh and rollback.sh: which version is gone back to, what is kept on the host, what is refused before anything is touched.
-
-The versions' processes are left out here (test_pipeline.py deploys and takes back real ones): docker only records, and the
-verify.sh that is deployed along says what the test says of the version.
-"""
+"""deploy.sh and rollback.sh: which version is gone back to, what is kept on the host (test_pipeline.py has real versions)."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests import programs
-from tests.delivery.docker_engine import Engine, Image, Version
-from tests.processes import ROOT
-
-REGISTRY = "registry.example/team10"
-VERIFY = """\
-#!/bin/bash
-source "$(dirname "$0")/../release.env"
-echo "verifying $VISION_IMAGE $*"
-! grep -qxF "${VISION_IMAGE##*@}" "$BAD_VERSIONS"
-"""
-
-
-class RecordingEngine(Engine):
-    """Docker without processes: `compose up` is recorded, with the images that the release names."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.live: list[str] = []
-        self.recreated: list[str] = []
-        """The releases for which every container was made anew, changed or not."""
-        self.restarts = 0
-        """By how many each look at a container finds it started again."""
-        self._looks = 0
-
-    def _compose(self, words: list[str], told: dict[str, Any]) -> str:
-        release = Path(words[words.index("--env-file") + 1])
-        if "up" in words and "worker" not in words:
-            self.live.append(release.parent.name)
-        if "--force-recreate" in words and "worker" in words:
-            self.recreated.append(release.parent.name)
-        return "team10-vision | ImportError: last words\n" if "logs" in words else ""
-
-    def _inspect(self, words: list[str], told: dict[str, Any]) -> str:
-        if "Mounts" in words[1]:
-            return super()._inspect(words, told)
-        self._looks += self.restarts
-        return f"{self._looks}\n"
-
-
-@dataclass
-class Host:
-    """A host to deploy to, from a checkout of its own."""
-
-    engine: RecordingEngine
-    root: Path
-    state: Path
-    bad: Path
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def deploy(self, tag: str, environment: str = "production", **variables: str) -> subprocess.CompletedProcess[str]:
-        return self._run("deploy.sh", environment, tag, **variables)
-
-    def rollback(self, *arguments: str, script: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return self._run(script or "rollback.sh", *arguments)
-
-    def built(self, *tags: str) -> None:
-        for tag in tags:
-            self.engine.push(REGISTRY, tag, Version(vision=tag, queue=tag))
-
-    def is_bad(self, *tags: str) -> None:
-        digests = [self.engine.registry[f"{REGISTRY}/vision:{tag}"].digest for tag in tags]
-        self.bad.write_text("".join(f"{digest}\n" for digest in digests))
-
-    def _run(self, script: str | Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        path = [self.engine.path, "/usr/bin", "/bin", Path(sys.executable).parent]
-        env = {
-            "PATH": os.pathsep.join(map(str, path)),
-            "HOME": str(self.state),
-            "AI4THAI_STATE_DIR": str(self.state),
-            "CI_REGISTRY_IMAGE": REGISTRY,
-            "COMPOSE_PROFILES": "cpu",
-            "BAD_VERSIONS": str(self.bad),
-            **variables,
-        }
-        command = [self.root / "deploy" / script, *arguments]
-        return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=100, check=False)
-
-    def plain_compose(self, environment: str) -> dict[str, Any]:
-        """What the real compose makes of the release that is live, in its folder and told nothing."""
-        current = self.state / environment / "current"
-        command = [str(Path(sys.executable).with_name("docker-compose")), "config", "--format", "json"]
-        env = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PWD": str(current)}
-        done = subprocess.run(command, cwd=current, env=env, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
-
-    def verified(self, environment: str = "production") -> list[str]:
-        return (self.state / environment / "verified").read_text().split()
-
-    def running(self, environment: str = "production") -> str:
-        return (self.state / environment / "running").read_text().strip()
+from tests.delivery.docker_engine import Image, Version
+from tests.delivery.hosts import REGISTRY, Host, recording_host
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    programs.needed("curl")
-    root = tmp_path / "checkout"
-    (root / "deploy").mkdir(parents=True)
-    for name in ("compose.yaml", "clients"):
-        (root / name).symlink_to(ROOT / name)
-    for name in ("compose", "ci", "deploy.sh", "rollback.sh"):
-        (root / "deploy" / name).symlink_to(ROOT / "deploy" / name)
-    (root / "deploy/verify.sh").write_text(VERIFY)
-    (root / "deploy/verify.sh").chmod(0o755)
-    (tmp_path / "bad").write_text("")
-    with RecordingEngine(tmp_path / "engine") as engine:
-        host = Host(engine, root, tmp_path / "state", tmp_path / "bad")
-        host.built("v1", "v2", "v3")
+    with recording_host(tmp_path) as host:
         yield host
-        assert engine.faults == []
 
 
 def test_again_and_it_goes_one_further_back_until_there_is_none(host: Host) -> None:
@@ -192,6 +78,16 @@ def test_when_the_version_before_is_bad_too_a_person_is_called_and_can_go_furthe
     assert host.engine.live == ["v1", "v2", "v3", "v2", "v1"]
 
 
+def test_forward_the_old_worker_is_stopped_first_back_it_is_replaced_last(host: Host) -> None:
+    host.deploy("v1")
+    host.deploy("v2")
+    host.engine.did.clear()
+    host.is_bad("v3")
+    host.deploy("v3")
+    servers, worker = "up redis vision queue", "up worker"
+    assert host.engine.did == ["stop worker", servers, worker, servers, worker]
+
+
 def test_the_first_version_is_left_to_be_looked_at(host: Host) -> None:
     host.is_bad("v1")
     failed = host.deploy("v1")
@@ -217,11 +113,24 @@ class TestByName:
         assert host.rollback("v1").returncode == 0
         assert (host.running(), host.verified()) == ("v1", ["v1"])
 
+    def test_to_one_that_was_gone_back_from_by_mistake(self, host: Host) -> None:
+        for tag in ("v1", "v2"):
+            host.deploy(tag)
+        host.rollback()
+        listed = host.rollback("--list").stdout
+
+        again = host.rollback("v2")
+
+        assert listed.split("by name):")[1].split() == ["v2"]
+        assert again.returncode == 0, again.stderr
+        assert (host.running(), host.verified()) == ("v2", ["v1", "v2"])
+        assert "Gone back from" not in host.rollback("--list").stdout
+
     def test_not_to_one_that_was_not(self, host: Host) -> None:
         host.deploy("v1")
         refused = host.rollback("v2")
         assert refused.returncode == 2
-        assert "v2 was never verified in production" in refused.stderr
+        assert "v2 was not verified in production" in refused.stderr
         assert host.engine.live == ["v1"]
 
 
@@ -249,6 +158,42 @@ class TestWhatARelease:
         host.deploy("v1")
         host.deploy("v1")
         assert host.verified() == ["v1"]
+
+    def test_keeps_what_was_set_to_nothing(self, host: Host) -> None:
+        host.deploy("v1", VISION_DESCRIBER="")
+        environment = host.plain_compose("production")["services"]["vision"]["environment"]
+        assert (environment["VISION_DETECTOR"], environment["VISION_DESCRIBER"]) == ("shapes-detector", "")
+
+    def test_built_on_this_host_is_by_its_content_too(self, host: Host) -> None:
+        for number, tag in ((0, "v0"), (1, "v1"), (2, "v1")):
+            for name in ("vision", "queue"):
+                host.engine.host[f"team10-{name}:{tag}"] = Image(f"sha256:{number}{'0' * 63}", {})
+            if number == 2:
+                host.bad.write_text(f"team10-vision:{number}{'0' * 11}\n")
+            done = host.deploy(tag, CI_REGISTRY_IMAGE="")
+        assert done.returncode == 1, done.stdout + done.stderr
+        # Built again by the same name, it is another release, and the one before is the first of that name.
+        assert host.engine.live == ["v0", "v1", "v1+2", "v1"]
+        release = (host.state / "production/current/release.env").read_text()
+        assert f"VISION_IMAGE='team10-vision:1{'0' * 11}'" in release
+
+    def test_that_is_deployed_again_and_is_not_good_is_not_gone_back_to(self, host: Host) -> None:
+        for tag in ("v1", "v2"):
+            host.deploy(tag)
+        host.is_bad("v2")
+        assert host.deploy("v2").returncode == 1
+        assert host.engine.live == ["v1", "v2", "v2", "v1"]
+
+    def test_has_what_the_edge_and_monitoring_start_with(self, host: Host) -> None:
+        host.deploy("v1", EDGE_TLS_DIR="/etc/tls")
+        current = host.state / "production/current"
+        assert (current / "deploy/prometheus/alerts.yaml").exists() and (current / "deploy/grafana/dashboards").is_dir()
+        added = host.plain_compose("production", "deploy/envoy/compose.yaml", "deploy/compose/monitoring.yaml")
+        assert [one["source"] for one in added["services"]["edge"]["volumes"]] == [
+            str(current / "deploy/envoy"),
+            "/etc/tls",
+        ]
+        assert not added["services"]["vision"].get("ports")
 
     def test_is_by_digest_whatever_becomes_of_the_tag(self, host: Host) -> None:
         host.deploy("v1")
@@ -318,14 +263,14 @@ class TestWhatARelease:
         # Built on this host, so known by its tags; both versions have the same image of the queue server.
         for tag in ("v1", "v2", "v3"):
             for name in ("vision", "queue"):
-                host.engine.host[f"team10-{name}:{tag}"] = Image(f"sha256:{name if name == 'queue' else tag}", {})
+                content = "b" if name == "queue" else tag[1:]
+                host.engine.host[f"team10-{name}:{tag}"] = Image(f"sha256:{content:0<64}", {})
         host.engine.used = ["team10-vision:v2"]
         for tag in ("v1", "v2", "v3"):
             assert host.deploy(tag, CI_REGISTRY_IMAGE="", DEPLOY_KEEP="1").returncode == 0
-        assert {name for name in host.engine.host if "vision" in name} == {"team10-vision:v2", "team10-vision:v3"}
-        assert {name for name in host.engine.host if "queue" in name} == {
-            f"team10-queue:v{number}" for number in (1, 2, 3)
-        }
+        tags = [name for name in host.engine.host if ":v" in name]
+        assert {name for name in tags if "vision" in name} == {"team10-vision:v2", "team10-vision:v3"}
+        assert {name for name in tags if "queue" in name} == {f"team10-queue:v{number}" for number in (1, 2, 3)}
 
     def test_is_kept_as_long_as_a_container_has_its_files(self, host: Host) -> None:
         host.deploy("v1", DEPLOY_KEEP="1")
@@ -378,57 +323,3 @@ class TestAnotherPassword:
         (host.state / "production/secrets/redis_password").write_text("new")
         assert host.rollback("v1").returncode == 0
         assert host.engine.recreated == ["v1"]
-
-
-class TestRefused:
-    """Before anything is touched: exit code 2."""
-
-    def refused(self, host: Host, done: subprocess.CompletedProcess[str], words: str) -> None:
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert words in done.stderr
-        assert host.engine.live == []
-
-    def test_an_image_that_was_not_pushed(self, host: Host) -> None:
-        self.refused(host, host.deploy("v9"), "vision:v9 cannot be pulled: is it pushed, is this host logged in")
-
-    def test_a_secret_that_is_no_file(self, host: Host) -> None:
-        done = host.deploy("v1", REDIS_PASSWORD_FILE="the-password-itself")
-        self.refused(host, done, "In GitLab its type must be File.")
-        assert "the-password-itself" not in done.stdout + done.stderr
-
-    def test_a_deployment_without_settings(self, host: Host) -> None:
-        done = host.deploy("v1", COMPOSE_PROFILES="")
-        self.refused(
-            host, done, "COMPOSE_PROFILES is not set (cpu or gpu). By hand, settings come from the environment"
-        )
-        assert host.engine.calls == []
-
-    def test_a_picture_that_is_not_there(self, host: Host) -> None:
-        self.refused(
-            host, host.deploy("v1", VERIFY_IMAGE="no.jpg"), "The picture no.jpg (VERIFY_IMAGE) cannot be read."
-        )
-
-    def test_a_setting_that_cannot_be_kept(self, host: Host) -> None:
-        self.refused(host, host.deploy("v1", VISION_DETECTOR="it's"), "VISION_DETECTOR holds a quote")
-
-    def test_two_at_once(self, host: Host) -> None:
-        home = host.state / "production"
-        home.mkdir(parents=True)
-        with (home / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self.refused(host, host.deploy("v1"), "Somebody else deploys or rolls back production")
-
-    @pytest.mark.parametrize("arguments", [("Production!", "v1"), ("production", "v1;rm"), ("production", "")])
-    def test_odd_words(self, host: Host, arguments: tuple[str, str]) -> None:
-        assert host.deploy(arguments[1], arguments[0]).returncode == 2
-        assert host.engine.calls == []
-
-    def test_a_state_folder_that_cannot_be_written(self, host: Host) -> None:
-        host.state.write_text("a file in its place")
-        self.refused(host, host._run("rollback.sh", HOME="/"), "Once, as root: install -d")
-
-    def test_a_state_folder_of_somebody_else(self, host: Host) -> None:
-        host.state.mkdir()
-        (host.state / "production").write_text("no folder, so that nobody can write there")
-        owner = host.state.owner()
-        self.refused(host, host._run("rollback.sh", HOME="/"), f"belongs to {owner}; run it as {owner}: sudo -i")
