@@ -122,7 +122,12 @@ def sources() -> str:
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name != "README.md"])
 def test_variables_that_a_page_names_are_read_by_something(name: str, sources: str) -> None:
-    of_others = {"HTTPS_PROXY", "SSL_CERT_FILE", "REDISCLI_AUTH"}  # read by curl, OpenSSL, Valkey's command line
+    of_others = {
+        "HTTPS_PROXY",
+        "SSL_CERT_FILE",
+        "REDISCLI_AUTH",
+        "COMPOSE_FILE",
+    }  # of curl, OpenSSL, valkey-cli, Compose
     for variable in set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", PAGES[name])) - of_others:
         prefix, _, field = variable.partition("_")
         is_field = prefix in ("VISION", "QUEUE", "SERVING") and f" {field.lower()}: " in sources
