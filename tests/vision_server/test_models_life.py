@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import statistics
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -527,7 +525,7 @@ async def test_cycles_of_the_shipped_detector_under_traffic_fail_no_call_and_lea
                 answered += 1
 
         callers = [asyncio.create_task(call()) for _ in range(2)]
-        for cycle in range(8):
+        for cycle in range(24):
             os.utime(tmp_path / "models" / "cams.pt")  # anew
             await models.load("cams")
             await models.load("extra")
@@ -541,12 +539,14 @@ async def test_cycles_of_the_shipped_detector_under_traffic_fail_no_call_and_lea
                 memory.give_back()
                 sizes_mb.append(process.memory_info().rss / 1e6)
                 threads.append(process.num_threads())
+            # Alone on a machine four cycles move by half a megabyte, beside other tests by some more for a while; weights kept at
+            # each load would be 17, again and again.
+            if cycle >= 7 and sizes_mb[-1] - sizes_mb[-5] < 12:
+                break
         ended.set()
         await asyncio.gather(*callers)  # raises if a call failed
         gc.collect()
         assert [type(one()).__name__ for one in were if one()] == ["LoadedDetector", "Detector", "Batcher"]
     assert answered > 16
-    # Weights kept at each load would be 4 MB in every cycle; beside other tests one cycle or another may take more for a while.
-    grown_mb = [after - before for before, after in pairwise(sizes_mb)]
-    assert statistics.median_low(grown_mb) < 3, sizes_mb
+    assert sizes_mb[-1] - sizes_mb[-5] < 12, sizes_mb
     assert threads[-1] <= threads[0] + 1, threads
