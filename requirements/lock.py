@@ -131,6 +131,22 @@ def told(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]
     return lines + [f"{name} {before[name]} → (gone)" for name in before if name not in now]
 
 
+def dry_run(tool: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Has pip say what it would install, of the packages named alone, whatever is there already; installs nothing."""
+    command: list[str | Path] = [
+        tool,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--ignore-installed",
+        "--no-deps",
+    ]
+    command += [*PIP_ARGUMENTS.split(), "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def beside_source(one: pins.Set, torch_cpu_links: str) -> tuple[str, str]:
     """pip's option, and the address, by which it finds what is installed beside a lock."""
     return ("--find-links", torch_cpu_links) if one.file == pins.TORCH_CPU else ("--extra-index-url", pins.NVIDIA_INDEX)
@@ -144,22 +160,11 @@ def beside(tool: Path, root: Path, one: pins.Set, torch_cpu_links: str) -> tuple
     reached = _reached(address)
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.json")
-        command: list[str | Path] = [
-            tool,
-            "-m",
-            "pip",
-            "install",
-            "--dry-run",
-            "--quiet",
-            "--ignore-installed",
-            "--no-deps",
-        ]
-        command += [*PIP_ARGUMENTS.split(), "--disable-pip-version-check", "--report", report, "-r", path]
         # Without it nothing is lost that pip has by its own configuration, and nobody waits for pip's retries.
-        command += [option, address] if reached else []
+        source = [option, address] if reached else []
         if one.file == pins.TENSORRT:  # PyPI's placeholders of the libraries are sources
-            command += ["--only-binary", ",".join(packages[1:])]
-        done = subprocess.run(command, capture_output=True, text=True)
+            source += ["--only-binary", ",".join(packages[1:])]
+        done = dry_run(tool, "--report", report, "-r", path, *source)
         found = json.loads(report.read_text())["install"] if done.returncode == 0 else []
     versions = {item["metadata"]["name"]: item["metadata"]["version"] for item in found}
     wrong = "" if found else done.stderr.strip()[-2000:]
@@ -206,16 +211,7 @@ def resolve(root: Path, names: list[str], python: str, torch_cpu_links: str) -> 
             return 2
         for name in names:
             path = root / "requirements" / f"{pins.named(name).name}.txt"
-            command: list[str | Path] = [tool, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
-            command += [
-                "--no-deps",
-                "--require-hashes",
-                *PIP_ARGUMENTS.split(),
-                "--disable-pip-version-check",
-                "-r",
-                path,
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = dry_run(tool, "--require-hashes", "-r", path)
             if done.returncode:
                 failed = 1
                 print(f"{name} cannot be installed as locked:\n{done.stderr.strip()[-2000:]}", file=sys.stderr)

@@ -47,20 +47,7 @@ def newest(root: Path, sets: list[pins.Set], scratch: Path) -> list[tuple[str, s
     ours = {name: version for name, version in ours.items() if name not in elsewhere(root)}
     python = lock.tools(root, scratch / "tools", sys.executable, "pip")
     report = scratch / "newest.json"
-    command: list[str | Path] = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--dry-run",
-        "--quiet",
-        "--ignore-installed",
-        "--no-deps",
-        "--report",
-        report,
-    ]
-    command += [*lock.PIP_ARGUMENTS.split(), "--disable-pip-version-check", *sorted(ours)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = lock.dry_run(python, "--report", report, *sorted(ours))
     if done.returncode:
         raise Unknown(
             f"the index could not be asked:\n{done.stderr.strip()[-1500:]}\nCure: see `pip config list`; try again"

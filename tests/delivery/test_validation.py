@@ -128,6 +128,18 @@ def test_planted_secrets_are_found_and_no_others(
     assert {finding["path"] for finding in answer["checks"][0]["findings"]} == {fault.file for fault in planted.SECRETS}
 
 
+def test_a_context_that_leaves_out_next_to_nothing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Below the ceiling, and yet no reduction by 60 %: there is nothing here but what images need."""
+    copy_sources(tmp_path, *planted.READS["context"])
+
+    answer = checked(tmp_path, "context", monkeypatch, capsys)
+
+    assert answer["exit_code"] == 1
+    assert any("and 60% less than all" in finding["wrong"] for finding in answer["checks"][0]["findings"])
+
+
 def test_a_manifest_that_kubernetes_would_refuse_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
